@@ -1,0 +1,128 @@
+"""Next-token distributions on disk: diskcache without pickle, without eviction.
+
+What identifies a distribution: the model (its `identity`, else provider, address and served name), the prompt's ids, the
+length of the list, and the version of this format. What does not: deadlines, retries, keys, who asked. Only
+distributions are kept, never sampled pieces, so that two answers drawn from one cache stay independent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import sqlite3
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import diskcache
+import orjson
+
+from mope_bb.errors import ConfigError
+from mope_bb.types import Piece, TokenDistribution
+
+FORMAT: Final = 1
+_SIZE_CHECK_INTERVAL: Final = 256
+_log = logging.getLogger(__name__)
+
+
+class BytesDisk(diskcache.Disk):  # type: ignore[misc]  # diskcache has no types
+    """A `Disk` that stores `str` keys and `bytes` values only: it neither pickles nor unpickles (CVE-2025-69872)."""
+
+    def put(self, key: Any) -> Any:
+        if not isinstance(key, str):
+            raise TypeError(f"the cache takes str keys, got {type(key).__name__}")
+        return super().put(key)
+
+    def get(self, key: Any, raw: Any) -> Any:
+        if not raw:
+            raise ValueError("the cache holds a pickled key, which is not read")
+        return super().get(key, raw)
+
+    def store(self, value: Any, read: Any, key: Any = diskcache.UNKNOWN) -> Any:
+        if read or not isinstance(value, bytes):
+            raise TypeError(f"the cache takes bytes values, got {type(value).__name__}")
+        return super().store(value, read, key=key)
+
+    def fetch(self, mode: Any, filename: Any, value: Any, read: Any) -> Any:
+        if mode not in (diskcache.core.MODE_RAW, diskcache.core.MODE_BINARY) or read:
+            raise ValueError(f"the cache holds a value of mode {mode!r}, which is not read")
+        return super().fetch(mode, filename, value, read)
+
+
+class DistributionCache:
+    """Distributions by key. A damaged entry is a miss; a full cache stops growing and says so once."""
+
+    def __init__(self, path: Path, *, max_bytes: int) -> None:
+        try:
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            path.chmod(0o700)
+            self._cache = diskcache.Cache(str(path), disk=BytesDisk, eviction_policy="none", size_limit=2**62)
+        except (OSError, sqlite3.Error, ValueError) as error:
+            raise ConfigError(
+                f"the cache {str(path)!r} cannot be opened: {error}", hint="Set [cache] path, or enabled = false."
+            ) from None
+        self._path = path
+        self._max_bytes = max_bytes
+        self._full = self._cache.volume() >= max_bytes
+        self.num_hits = 0
+        self.num_misses = 0
+
+    async def get(self, key: str) -> TokenDistribution | None:
+        """The distribution stored under `key`, or None."""
+        found = await asyncio.to_thread(self._read, key)
+        if found is None:
+            self.num_misses += 1
+        else:
+            self.num_hits += 1
+        return found
+
+    async def put(self, key: str, distribution: TokenDistribution) -> None:
+        """Store `distribution` unless the cache is full."""
+        if not self._full:
+            await asyncio.to_thread(self._write, key, encode_distribution(distribution))
+
+    def _read(self, key: str) -> TokenDistribution | None:
+        try:
+            data = self._cache.get(key)
+            return None if data is None else decode_distribution(data)
+        except (ValueError, KeyError, TypeError, OSError, sqlite3.Error) as error:
+            _log.warning("cache entry %s is damaged and will be asked for again: %s", key[:12], error)
+            return None
+
+    def _write(self, key: str, data: bytes) -> None:
+        try:
+            self._cache.set(key, data)
+            if self.num_misses % _SIZE_CHECK_INTERVAL == 0 and self._cache.volume() >= self._max_bytes:
+                self._full = True
+                _log.warning("the cache %s has reached its limit of %d bytes: no more is written", self._path, self._max_bytes)
+        except (OSError, sqlite3.Error) as error:
+            # A cache that cannot be written must not cost the answer.
+            self._full = True
+            _log.warning("the cache %s cannot be written, no more is tried: %s", self._path, error)
+
+    def close(self) -> None:
+        """Close the database of this process."""
+        self._cache.close()
+
+
+def distribution_key(identity: Sequence[str], prompt_ids: Sequence[int], top_k: int) -> str:
+    """The cache key of one next-token question; see the module's first lines."""
+    document = orjson.dumps([FORMAT, list(identity), list(prompt_ids), top_k])
+    return hashlib.sha256(document).hexdigest()
+
+
+def encode_distribution(distribution: TokenDistribution) -> bytes:
+    """JSON; bytes as latin-1, which maps every byte to one character and back."""
+    pieces = [[piece.data.decode("latin-1"), piece.token_id] for piece in distribution.pieces]
+    return orjson.dumps({"pieces": pieces, "logprobs": distribution.logprobs, "vocab_size": distribution.vocab_size})
+
+
+def decode_distribution(data: bytes) -> TokenDistribution:
+    """The inverse of `encode_distribution`. Raises ValueError, KeyError or TypeError for anything else."""
+    document = orjson.loads(data)
+    pieces = tuple(Piece(text.encode("latin-1"), token_id) for text, token_id in document["pieces"])
+    logprobs = tuple(float(value) for value in document["logprobs"])
+    if not pieces or len(pieces) != len(logprobs):
+        raise ValueError("pieces and logprobs differ in number")
+    return TokenDistribution(pieces, logprobs, document["vocab_size"])

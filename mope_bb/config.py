@@ -1,0 +1,209 @@
+"""The configuration: pydantic models of `mope.toml`. An unknown key is an error that names the nearest known one."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from mope_bb.errors import ConfigError
+from mope_bb.preferences import Roster
+
+MergeRuleName = Literal["linear", "geometric", "product"]
+Name = Annotated[str, Field(pattern=r"^[\w.:/-]+$")]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ExpertConfig(_Section):
+    """One `[[experts]]` table."""
+
+    name: Name
+    provider: str
+    """llamacpp, local or scripted."""
+    dimension: Name | None = None
+    base: bool = False
+    """The base model of the product rule; it takes part in other rules only when a preference names it."""
+    base_url: str | None = None
+    model: str | None = None
+    """A served name, or a folder for `local`."""
+    system: str | None = None
+    """The expert's own system prompt, put before the conversation's."""
+    api_key_env: str | None = None
+    """The name of the environment variable that holds the key, never the key."""
+    tokenizer: str | None = None
+    """A Hugging Face folder or hub name; without it the endpoint's own tokenize and template routes are used."""
+    top_k: Annotated[int, Field(ge=1)] = 20
+    timeout_s: Annotated[float, Field(gt=0)] = 60.0
+    """Deadline of one question to this expert, retries included."""
+    max_retries: Annotated[int, Field(ge=0)] = 4
+    identity: str | None = None
+    """What stands for this model in the cache instead of its address, such as a hash of its weights."""
+    device: str = "auto"
+    """`local` only: auto, cpu, cuda or mps."""
+    script: tuple[dict[str, float], ...] = ()
+    """`scripted` only: at each position text = probability; "<end>" ends the answer."""
+
+
+class DimensionConfig(_Section):
+    """One `[dimensions.NAME]` table."""
+
+    text: str | None = None
+    """The sentence by which the PCM reads this dimension."""
+
+
+class PcmConfig(_Section):
+    """The `[pcm]` table. Without a path the user's own weights act, untrained."""
+
+    path: str | None = None
+    device: str = "auto"
+
+
+class MergeConfig(_Section):
+    """The `[merge]` table."""
+
+    rule: MergeRuleName = "linear"
+    product_scale: Annotated[float, Field(ge=0)] = 1.5
+    """c in beta_i = n lambda_i exp(c tanh s_i)."""
+
+
+class CacheConfig(_Section):
+    """The `[cache]` table: distributions on disk."""
+
+    enabled: bool = True
+    path: str | None = None
+    max_bytes: Annotated[int, Field(ge=0)] = 2 * 2**30
+    """When the cache is this large nothing more is written; nothing is ever deleted silently."""
+
+
+class Config(_Section):
+    """A whole `mope.toml`."""
+
+    experts: Annotated[tuple[ExpertConfig, ...], Field(min_length=1)]
+    dimensions: dict[Name, DimensionConfig] = {}
+    pcm: PcmConfig = PcmConfig()
+    merge: MergeConfig = MergeConfig()
+    cache: CacheConfig = CacheConfig()
+    presets: dict[Name, dict[Name, float]] = {}
+
+    @model_validator(mode="after")
+    def _check_names(self) -> Self:
+        names = [expert.name for expert in self.experts]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"two experts have the name {twice[0]!r}")
+        if len(bases := [expert.name for expert in self.experts if expert.base]) > 1:
+            raise ValueError(f"only one expert can be the base, found {bases}")
+        roster = self.roster()
+        for preset, weights in self.presets.items():
+            for name in weights:
+                if name not in {*roster.names(), *roster.dimensions}:
+                    raise ValueError(f"preset {preset!r} names {name!r}, which no expert serves")
+        return self
+
+    def roster(self) -> Roster:
+        """Who serves what."""
+        served = (expert.dimension for expert in self.experts if expert.dimension is not None)
+        return Roster(
+            dimension_of={expert.name: expert.dimension for expert in self.experts},
+            base=next((expert.name for expert in self.experts if expert.base), None),
+            presets=self.presets,
+            dimensions=tuple(dict.fromkeys([*served, *self.dimensions])),
+        )
+
+    def dimension_texts(self) -> dict[str, str]:
+        """Dimension -> the sentence by which the PCM reads it, where one is configured."""
+        return {name: section.text for name, section in self.dimensions.items() if section.text}
+
+
+def load_config(path: str | os.PathLike[str]) -> Config:
+    """Read a `mope.toml`; relative paths in it are relative to the file. Raises ConfigError."""
+    file = Path(path)
+    try:
+        data = tomllib.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"there is no configuration file {str(path)!r}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the configuration file {str(path)!r} cannot be read: {error}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{str(path)!r} is not valid TOML: {error}", hint="Look at the line named above.") from None
+    return parse_config(data, source=str(path), directory=file.resolve().parent)
+
+
+def parse_config(data: Mapping[str, Any], *, source: str = "configuration", directory: Path | None = None) -> Config:
+    """Validate `data`, the content of a `mope.toml`. Raises ConfigError with the first thing that is wrong."""
+    try:
+        config = Config.model_validate(data)
+    except ValidationError as error:
+        raise _explain(error, source) from None
+    return config if directory is None else _anchor(config, directory)
+
+
+def _anchor(config: Config, directory: Path) -> Config:
+    """Make the relative paths of `config` absolute."""
+
+    def anchored(path: str | None) -> str | None:
+        # A name without a file beside the configuration may be a hub name: leave it as it is.
+        if path is None or not (directory / Path(path).expanduser()).exists():
+            return path
+        return str((directory / Path(path).expanduser()).resolve())
+
+    experts = tuple(
+        expert.model_copy(
+            update={
+                "tokenizer": anchored(expert.tokenizer),
+                "model": anchored(expert.model) if expert.provider == "local" else expert.model,
+            }
+        )
+        for expert in config.experts
+    )
+    cache_path = None if config.cache.path is None else str(directory / Path(config.cache.path).expanduser())
+    return config.model_copy(
+        update={
+            "experts": experts,
+            "pcm": config.pcm.model_copy(update={"path": anchored(config.pcm.path)}),
+            "cache": config.cache.model_copy(update={"path": cache_path}),
+        }
+    )
+
+
+def _explain(error: ValidationError, source: str) -> ConfigError:
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"]) or "the file"
+    if first["type"] == "extra_forbidden":
+        key = str(first["loc"][-1])
+        nearest = difflib.get_close_matches(key, _known_keys(first["loc"][:-1]), n=1, cutoff=0.5)
+        return ConfigError(
+            f"{source}: unknown key {where!r}", hint=f"Did you mean {nearest[0]!r}?" if nearest else None
+        )
+    if first["type"] == "missing":
+        return ConfigError(f"{source}: {where!r} is missing")
+    message = first["msg"].removeprefix("Value error, ")
+    found = first.get("input")
+    shown = f" (found {found!r})" if isinstance(found, str | int | float | bool) else ""
+    return ConfigError(f"{source}: {where}: {message[:1].lower()}{message[1:]}{shown}")
+
+
+def _known_keys(location: tuple[int | str, ...]) -> list[str]:
+    sections: dict[str, type[BaseModel]] = {
+        "experts": ExpertConfig,
+        "dimensions": DimensionConfig,
+        "pcm": PcmConfig,
+        "merge": MergeConfig,
+        "cache": CacheConfig,
+    }
+    model = sections.get(str(location[0]), Config) if location else Config
+    return list(model.model_fields)
+
+
+def resolve_home() -> Path:
+    """The folder of everything mope-bb keeps for this user: `MOPE_BB_HOME`, else the user's cache folder."""
+    if chosen := os.environ.get("MOPE_BB_HOME"):
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mope-bb"

@@ -1,0 +1,1 @@
+"""The Preference Control Model and everything that one token step needs."""

@@ -1,0 +1,1 @@
+"""Adapters that ask experts for next-token distributions."""

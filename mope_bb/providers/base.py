@@ -1,0 +1,160 @@
+"""What every expert is: a source of next-token distributions over one conversation and the answer so far."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from mope_bb.cache import DistributionCache, distribution_key
+from mope_bb.errors import AlignmentError, LogprobsUnavailableError, MalformedResponseError
+from mope_bb.types import END, Context, Message, Piece, TokenDistribution
+
+SENTINEL_LOGPROB: Final = -9990.0
+"""At or below this a number means "no value": -9999 (OpenAI, vLLM), -3.4e38 (llama.cpp), -inf."""
+LOGPROB_SLACK: Final = 1e-3
+"""Some endpoints return coarse numbers slightly above 0; more than this is a malformed reply."""
+PROMPTS_KEPT: Final = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What an endpoint can do; facts, so that nothing ever checks a provider's name."""
+
+    max_top_k: int | None
+    """The longest list it returns; None = the whole vocabulary."""
+    prefill: Literal["ids", "pieces"]
+    """How a partial answer is continued: by appending token ids, or by the pieces themselves."""
+    byte_exact: bool
+    """Pieces are the tokens' true bytes."""
+    eos_visible: bool
+    """The end of the answer is on the list."""
+    logprob_noise: float
+    """Largest difference seen between two replies to one question, in nats."""
+
+
+class Expert(ABC):
+    """A frozen model that gives next-token distributions."""
+
+    name: str
+    capabilities: Capabilities
+
+    @abstractmethod
+    async def next_tokens(self, context: Context, *, top_k: int) -> TokenDistribution:
+        """The `top_k` most probable next pieces after `context`. Raises ProviderError or AlignmentError."""
+
+    @abstractmethod
+    async def fingerprint(self) -> str:
+        """Identifies the tokenizer: only experts with equal fingerprints can be merged."""
+
+    @abstractmethod
+    async def aclose(self) -> None:
+        """Free connections and memory."""
+
+
+class IdExpert(Expert):
+    """An expert whose endpoint takes and returns token ids: the chat is rendered once, then only ids are appended."""
+
+    def __init__(self, name: str, *, system: str | None, cache: DistributionCache | None) -> None:
+        self.name = name
+        self._system = system
+        self._cache = cache
+        self._prompts: OrderedDict[tuple[Message, ...], tuple[int, ...]] = OrderedDict()
+
+    @abstractmethod
+    async def encode_prompt(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        """The ids of the rendered chat template, up to where the answer begins."""
+
+    @abstractmethod
+    async def ask(self, ids: tuple[int, ...], top_k: int) -> TokenDistribution:
+        """The distribution after `ids`, straight from the model."""
+
+    @abstractmethod
+    async def identity(self) -> tuple[str, ...]:
+        """What identifies the model in the cache."""
+
+    async def next_tokens(self, context: Context, *, top_k: int) -> TokenDistribution:
+        ids = (*await self._prompt_ids(context.messages), *(self._id_of(piece) for piece in context.response))
+        if self._cache is None:
+            return await self.ask(ids, top_k)
+        key = distribution_key(await self.identity(), ids, top_k)
+        found = await self._cache.get(key)
+        if found is None:
+            found = await self.ask(ids, top_k)
+            await self._cache.put(key, found)
+        return found
+
+    async def _prompt_ids(self, messages: tuple[Message, ...]) -> tuple[int, ...]:
+        known = self._prompts.get(messages)
+        if known is None:
+            known = await self.encode_prompt(with_system(messages, self._system))
+            self._prompts[messages] = known
+            if len(self._prompts) > PROMPTS_KEPT:
+                self._prompts.popitem(last=False)
+        return known
+
+    def _id_of(self, piece: Piece) -> int:
+        if piece.token_id is None or piece == END:
+            raise AlignmentError(f"expert {self.name!r} continues by token ids, but the piece {piece!r} has none")
+        return piece.token_id
+
+
+def with_system(messages: Sequence[Message], system: str | None) -> tuple[Message, ...]:
+    """`messages` with an expert's own system prompt in front, joined to the conversation's if there is one."""
+    if not system:
+        return tuple(messages)
+    if messages and messages[0].role == "system":
+        return (Message("system", f"{system}\n\n{messages[0].content}"), *messages[1:])
+    return (Message("system", system), *messages)
+
+
+def build_distribution(
+    entries: Iterable[tuple[Piece, float | None]],
+    *,
+    top_k: int,
+    end_ids: Collection[int | None],
+    vocab_size: int | None,
+    expert: str,
+) -> TokenDistribution:
+    """The one way from an endpoint's list to a `TokenDistribution`: checks, drops sentinels, joins END, sorts, cuts.
+
+    Raises MalformedResponseError for a NaN, an infinite or positive logprob, or a token that stands twice, and
+    LogprobsUnavailableError for a list that holds no value.
+    """
+    found: dict[int | bytes, tuple[Piece, float]] = {}
+    num_end = 0
+    ends: list[float] = []
+    for piece, logprob in entries:
+        if logprob is None or logprob <= SENTINEL_LOGPROB:
+            continue
+        if not math.isfinite(logprob) or logprob > LOGPROB_SLACK:
+            raise MalformedResponseError(
+                f"the logprob of {piece.data!r} (id {piece.token_id}) is {logprob}, expected a finite number <= 0",
+                expert=expert,
+            )
+        if piece.token_id in end_ids:
+            ends.append(min(logprob, 0.0))
+        elif piece.key in found:
+            raise MalformedResponseError(f"the token {piece.data!r} (id {piece.token_id}) stands twice", expert=expert)
+        else:
+            found[piece.key] = (piece, min(logprob, 0.0))
+    if ends:
+        num_end = len(ends)
+        found[END.key] = (END, min(0.0, math.log(math.fsum(map(math.exp, ends)))))
+    if not found:
+        raise LogprobsUnavailableError("the reply holds no next-token logprobs", expert=expert)
+    # Sorted by value, then by id, so that ties do not depend on the order on the wire.
+    ranked = sorted(found.values(), key=lambda entry: (-entry[1], _order(entry[0])))[:top_k]
+    return TokenDistribution(
+        pieces=tuple(piece for piece, _ in ranked),
+        logprobs=tuple(logprob for _, logprob in ranked),
+        # END counts once among the pieces, though it may stand for several ids.
+        vocab_size=None if vocab_size is None else vocab_size - max(0, num_end - 1),
+    )
+
+
+def _order(piece: Piece) -> tuple[int, bytes]:
+    return (-2 if piece.token_id is None else piece.token_id, piece.data)

@@ -1,0 +1,127 @@
+"""Experts in this process: any transformers causal LM, KV-cached, all open answers in one forward."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from mope_bb.cache import DistributionCache
+from mope_bb.config import ExpertConfig
+from mope_bb.errors import ConfigError, ContextLengthError, ProviderTimeoutError
+from mope_bb.inference import BatchedModel, choose_device
+from mope_bb.providers.base import Capabilities, IdExpert, build_distribution
+from mope_bb.providers.tokenizers import ChatTokenizer, load_chat_tokenizer
+from mope_bb.types import END, Message, TokenDistribution
+
+CAPABILITIES: Final = Capabilities(
+    max_top_k=None, prefill="ids", byte_exact=True, eos_visible=True, logprob_noise=1e-5
+)
+
+
+class LocalExpert(IdExpert):
+    """A causal LM loaded here."""
+
+    capabilities = CAPABILITIES
+
+    def __init__(
+        self,
+        name: str,
+        model: BatchedModel,
+        tokenizer: ChatTokenizer,
+        *,
+        source: str,
+        system: str | None = None,
+        timeout_s: float = 60.0,
+        cache: DistributionCache | None = None,
+    ) -> None:
+        super().__init__(name, system=system, cache=cache)
+        self._model = model
+        self._tokenizer = tokenizer
+        self._source = source
+        self._timeout_s = timeout_s
+
+    async def encode_prompt(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        return self._tokenizer.encode_chat(messages, expert=self.name)
+
+    async def ask(self, ids: tuple[int, ...], top_k: int) -> TokenDistribution:
+        limit = self._model.max_length
+        if limit is not None and len(ids) > limit:
+            raise ContextLengthError(
+                f"prompt and answer have {len(ids)} tokens, the model reads at most {limit}",
+                expert=self.name,
+                provider="local",
+            )
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                row = await self._model.last_row(ids)
+        except TimeoutError:
+            raise ProviderTimeoutError(
+                f"no answer within {self._timeout_s:g} s", expert=self.name, provider="local"
+            ) from None
+        logprobs = torch.log_softmax(row.double(), dim=-1)
+        # One more than asked per extra end token, since several of them join in one piece: the tokenizer already gives
+        # END for each of them.
+        width = min(len(logprobs), top_k + max(0, len(self._tokenizer.end_ids) - 1))
+        values, indices = torch.topk(logprobs, width)
+        pieces = [self._tokenizer.piece(token_id) for token_id in indices.tolist()]
+        return build_distribution(
+            zip(pieces, values.tolist(), strict=True),
+            top_k=top_k,
+            end_ids=(END.token_id,),
+            vocab_size=len(logprobs),
+            expert=self.name,
+        )
+
+    async def fingerprint(self) -> str:
+        return self._tokenizer.fingerprint
+
+    async def identity(self) -> tuple[str, ...]:
+        return ("local", self._source)
+
+    async def aclose(self) -> None:
+        await asyncio.to_thread(self._model.close)
+
+
+def open_expert(config: ExpertConfig, cache: DistributionCache | None) -> LocalExpert:
+    """Load the folder or hub name in `model`. Raises ConfigError."""
+    if config.model is None:
+        raise ConfigError(f"expert {config.name!r}: `model` is missing", hint="Name a Hugging Face folder.")
+    device = choose_device(config.device)
+    model = _load_model(config.model, device)
+    tokenizer = load_chat_tokenizer(config.tokenizer or config.model)
+    return LocalExpert(
+        config.name,
+        BatchedModel(model, name=config.name),
+        tokenizer,
+        source=config.identity or _folder_identity(config.model),
+        system=config.system,
+        timeout_s=config.timeout_s,
+        # A local forward is cheaper than the disk only for tiny models, but never wrong: honour the setting.
+        cache=cache,
+    )
+
+
+def _load_model(path: str, device: torch.device) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        # float32 on the CPU, where half precision is slow and inexact; the model's own type on a GPU.
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32 if device.type == "cpu" else "auto")
+    except Exception as error:  # transformers raises whatever its parsers raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"the model {path!r} cannot be loaded: {reason}") from None
+    return model.to(device)
+
+
+def _folder_identity(path: str) -> str:
+    """Name and state of a folder's weights: sizes and times, since hashing gigabytes would delay every start."""
+    folder = Path(path)
+    if not folder.is_dir():
+        return path
+    facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(folder.glob("*.safetensors"))]
+    return f"{folder.resolve()}:{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}"

@@ -1,0 +1,76 @@
+"""All experts of a configuration: opened on first use, asked together, refused when their tokenizers differ."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine, Mapping, Sequence
+from typing import Any, TypeVar
+
+from mope_bb.cache import DistributionCache
+from mope_bb.config import ExpertConfig
+from mope_bb.errors import AlignmentError, MopeError
+from mope_bb.providers.base import Expert
+from mope_bb.providers.registry import open_expert
+from mope_bb.types import Context, TokenDistribution
+
+T = TypeVar("T")
+
+
+class ExpertPool:
+    """The experts by name. Only those that are asked are ever contacted."""
+
+    def __init__(self, configs: Sequence[ExpertConfig], *, cache: DistributionCache | None) -> None:
+        self._configs = {config.name: config for config in configs}
+        self._cache = cache
+        self._experts: dict[str, Expert] = {}
+        self._verified: set[str] = set()
+        self._fingerprint: tuple[str, str] | None = None
+        self._opening = asyncio.Lock()
+
+    async def open(self, names: Sequence[str]) -> None:
+        """Open these experts and check that all experts in use share one tokenizer. Raises MopeError."""
+        async with self._opening:
+            for name in names:
+                if name not in self._experts:
+                    # A local model takes seconds to load: not on the event loop.
+                    self._experts[name] = await asyncio.to_thread(open_expert, self._configs[name], self._cache)
+            new = [name for name in names if name not in self._verified]
+            fingerprints = await _gather({name: self._experts[name].fingerprint() for name in new})
+            for name, fingerprint in fingerprints.items():
+                first, expected = self._fingerprint or (name, fingerprint)
+                if fingerprint != expected:
+                    raise AlignmentError(
+                        f"the experts {first!r} and {name!r} have different tokenizers and cannot be merged",
+                        hint="Use experts that were fine-tuned from one base model.",
+                    )
+                self._fingerprint = (first, expected)
+                self._verified.add(name)
+
+    async def ask(self, names: Sequence[str], context: Context) -> list[TokenDistribution]:
+        """The next-token distributions of `names`, in that order. The first failure cancels the others and is raised."""
+        found = await _gather(
+            {
+                name: self._experts[name].next_tokens(context, top_k=self._configs[name].top_k)
+                for name in names
+            }
+        )
+        return [found[name] for name in names]
+
+    async def aclose(self) -> None:
+        """Close every expert that was opened."""
+        experts = list(self._experts.values())
+        self._experts.clear()
+        self._verified.clear()
+        for expert in experts:
+            await expert.aclose()
+
+
+async def _gather(calls: Mapping[str, Coroutine[Any, Any, T]]) -> dict[str, T]:
+    """Run `calls` together; on a failure cancel the rest and raise the failure itself, not a group."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = {name: group.create_task(call) for name, call in calls.items()}
+    except BaseExceptionGroup as group_error:
+        ours = [error for error in group_error.exceptions if isinstance(error, MopeError)]
+        raise (ours or group_error.exceptions)[0] from None
+    return {name: task.result() for name, task in tasks.items()}

@@ -1,0 +1,151 @@
+"""A Hugging Face tokenizer as experts need it: chats to ids, ids to the bytes they add, and a fingerprint."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any, Final
+
+from mope_bb.errors import ConfigError, RequestError
+from mope_bb.types import END, Message, Piece
+
+FINGERPRINT_TEXTS: Final = (
+    "The quick brown fox jumps over the lazy dog. 0123456789 10,000.5 + 3 = (x) [y] {z};\n\n\tdef f(a): return a**2\n",
+    "Ünïcödé: à é î ñ ø ß ž Ж λ ק 你好 こんにちは 안녕 🙂🚲👍🏽 naïve café – “quotes” …",
+    "internationalization antidisestablishmentarianism supercalifragilistic  two  spaces   three",
+)
+"""Texts whose ids tell tokenizers apart: an engine that only tokenizes can be compared with a local tokenizer."""
+
+
+class ChatTokenizer:
+    """Renders conversations with the model's own chat template, and knows the bytes of every token."""
+
+    def __init__(self, tokenizer: Any, *, source: str, extra_end_ids: Sequence[int] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._source = source
+        if tokenizer.chat_template is None:
+            raise ConfigError(
+                f"the tokenizer {source!r} has no chat template",
+                hint="Use an instruction-tuned model, or save a chat_template with the tokenizer.",
+            )
+        ends = {tokenizer.eos_token_id, *extra_end_ids} - {None}
+        self.end_ids: frozenset[int] = frozenset(ends)
+
+    def encode_chat(self, messages: Sequence[Message], *, expert: str | None = None) -> tuple[int, ...]:
+        """The ids of the rendered template, ready for the answer. Raises RequestError for control tokens in a message."""
+        for message in messages:
+            refuse_control_token(self.control_token_in(message.content), expert=expert)
+        rendered = self._tokenizer.apply_chat_template(
+            [as_openai(message) for message in messages], tokenize=False, add_generation_prompt=True
+        )
+        return tuple(self._tokenizer.encode(rendered, add_special_tokens=False))
+
+    def encode_text(self, text: str) -> tuple[int, ...]:
+        """The ids of plain `text`; what looks like a control token in it is text."""
+        return tuple(self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
+
+    def control_token_in(self, text: str) -> str | None:
+        """A control token that `text` spells out, if any."""
+        return next((token for token in self._control_tokens if token in text), None)
+
+    @cached_property
+    def _control_tokens(self) -> tuple[str, ...]:
+        added = self._tokenizer.added_tokens_decoder.values()
+        return tuple(token.content for token in added if token.special and token.content)
+
+    @cached_property
+    def pieces(self) -> tuple[Piece, ...]:
+        """Token id -> the piece it adds; END for the end tokens."""
+        size = len(self._tokenizer)
+        tokens = self._tokenizer.convert_ids_to_tokens(list(range(size)))
+        added = self._tokenizer.added_tokens_decoder
+        decoder = json.dumps(json.loads(self._tokenizer.backend_tokenizer.to_str()).get("decoder"))
+        to_bytes = _byte_level_bytes if '"ByteLevel"' in decoder else _sentencepiece_bytes
+        pieces = []
+        for token_id, token in enumerate(tokens):
+            if token_id in self.end_ids:
+                pieces.append(END)
+            elif token_id in added:
+                data = b"" if added[token_id].special else added[token_id].content.encode()
+                pieces.append(Piece(data, token_id))
+            else:
+                pieces.append(Piece(b"" if token is None else to_bytes(token), token_id))
+        return tuple(pieces)
+
+    def piece(self, token_id: int) -> Piece:
+        """The piece of `token_id`; models may have more output rows than the tokenizer has tokens."""
+        return self.pieces[token_id] if token_id < len(self.pieces) else Piece(b"", token_id)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """See `fingerprint_of`."""
+        return fingerprint_of([self.encode_text(text) for text in FINGERPRINT_TEXTS])
+
+
+def load_chat_tokenizer(path: str) -> ChatTokenizer:
+    """Load a tokenizer folder or hub name. Raises ConfigError."""
+    from transformers import AutoTokenizer, GenerationConfig
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except Exception as error:  # transformers raises whatever its parsers raise
+        raise ConfigError(f"the tokenizer {path!r} cannot be loaded: {_first_line(error)}") from None
+    if not getattr(tokenizer, "is_fast", False):
+        raise ConfigError(f"the tokenizer {path!r} has no fast version, which is needed for the bytes of its tokens")
+    try:
+        eos = GenerationConfig.from_pretrained(path).eos_token_id
+    except OSError:
+        eos = None
+    ends = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+    return ChatTokenizer(tokenizer, source=path, extra_end_ids=ends)
+
+
+def fingerprint_of(encodings: Sequence[Sequence[int]]) -> str:
+    """A hash of the ids that a tokenizer gives to `FINGERPRINT_TEXTS`."""
+    return hashlib.sha256(json.dumps([list(ids) for ids in encodings]).encode()).hexdigest()
+
+
+def refuse_control_token(token: str | None, *, expert: str | None) -> None:
+    """Raise RequestError if a message spells out a control token: it could rewrite the conversation."""
+    if token is not None:
+        raise RequestError(
+            f"a message holds {token!r}, a control token of this expert's model",
+            hint="Control tokens in a message could change who says what. Write it with a space inside.",
+            expert=expert,
+        )
+
+
+def as_openai(message: Message) -> dict[str, Any]:
+    """`message` as the dictionary that chat templates and endpoints take."""
+    found: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.tool_calls:
+        found["tool_calls"] = [json.loads(call) for call in message.tool_calls]
+    if message.tool_call_id is not None:
+        found["tool_call_id"] = message.tool_call_id
+    return found
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """GPT-2's map from printable characters to bytes."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+
+_BYTE_OF: Final = _byte_level_alphabet()
+
+
+def _byte_level_bytes(token: str) -> bytes:
+    return bytes(_BYTE_OF[char] for char in token) if all(char in _BYTE_OF for char in token) else token.encode()
+
+
+def _sentencepiece_bytes(token: str) -> bytes:
+    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+        return bytes([int(token[3:5], 16)])
+    return token.replace("\u2581", " ").encode()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

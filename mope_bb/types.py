@@ -1,0 +1,190 @@
+"""The values that all layers pass around: frozen, comparable, standard library only.
+
+Dimension letters used in the package: T response steps, E experts, K one expert's top-k, C candidates (the union of the
+experts' pieces), L PCM ids, B answers in a batch, V vocabulary, F features of what an expert said.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal, NamedTuple
+
+FinishReason = Literal["stop", "length"]
+"""Why an answer ended: an END piece or a stop string; or `max_tokens`, or the end of an expert's context."""
+
+
+class Piece(NamedTuple):
+    """The bytes that one token adds to an answer, with the token's id where it is known."""
+
+    data: bytes
+    token_id: int | None = None
+
+    @property
+    def key(self) -> int | bytes:
+        """What identifies this piece among the candidates of one merge."""
+        return self.data if self.token_id is None else self.token_id
+
+
+END: Final = Piece(b"", -1)
+"""The piece that ends the answer. An expert's end tokens, however many it has, add up in this one piece."""
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One message of a conversation, in OpenAI's shape, so that agents' histories survive."""
+
+    role: str
+    content: str
+    tool_calls: tuple[str, ...] = ()
+    """Each call as its JSON text."""
+    tool_call_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What an expert is asked to continue: a conversation and the answer so far."""
+
+    messages: tuple[Message, ...]
+    response: tuple[Piece, ...] = ()
+
+    def extended(self, piece: Piece) -> Context:
+        """The context after one more piece of the answer."""
+        return Context(self.messages, (*self.response, piece))
+
+
+@dataclass(frozen=True, slots=True)
+class TokenDistribution:
+    """The top-k of one expert's next-token distribution, as `providers.base.build_distribution` makes it."""
+
+    pieces: tuple[Piece, ...]
+    """K different pieces."""
+    logprobs: tuple[float, ...]
+    """K natural logs of probabilities at temperature 1, descending."""
+    vocab_size: int | None = None
+    """How many pieces the expert knows, where the endpoint tells."""
+
+    @property
+    def tail_mass(self) -> float:
+        """Probability of everything that is not on the list, in [0, 1]: 1 - sum of the list, clamped."""
+        return min(1.0, max(0.0, 1.0 - math.fsum(math.exp(value) for value in self.logprobs)))
+
+    @property
+    def floor(self) -> float:
+        """The largest logprob that a piece outside the list can have: -inf where the list is the whole vocabulary.
+
+        A missing piece has at most the smallest returned probability and at most the tail. Where the vocabulary's size
+        is known, the tail shared evenly among the missing pieces is the better guess (METHOD: "Top-k under the product").
+        """
+        tail = self.tail_mass
+        if self.vocab_size is not None:
+            missing = self.vocab_size - len(self.pieces)
+            if missing <= 0:
+                return -math.inf
+            tail /= missing
+        return min(self.logprobs[-1], math.log(tail) if tail > 0.0 else -math.inf)
+
+
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """The support of one merge: every piece on any expert's list, with what each expert said of it."""
+
+    pieces: tuple[Piece, ...]
+    """C pieces, ordered by id, so that the order of the experts does not matter."""
+    logprobs: tuple[tuple[float, ...], ...]
+    """E x C; -inf where a piece is not on that expert's list."""
+    floors: tuple[float, ...]
+    """E; see `TokenDistribution.floor`."""
+    tails: tuple[float, ...]
+    """E tail masses."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenStep:
+    """One drawn piece with all that is needed to recompute its log-probability for any PCM and any merge rule."""
+
+    piece: Piece
+    logprob: float
+    """Natural log of the probability with which `piece` was drawn: after temperature and top_p."""
+    experts: tuple[str, ...]
+    """The E experts asked at this step, in the order of all the E-sized fields."""
+    candidates: Candidates
+    index: int
+    """Which candidate was drawn."""
+    weights: tuple[float, ...]
+    """E: alpha, summing to 1 (linear, geometric), or beta (product; the base has none and stands as 0)."""
+    missed_mass: float | None
+    """Linear rule: an upper bound of the total variation between the merge of these lists and the merge of the whole
+    distributions, before temperature and top_p. None for the other rules, where no such bound holds."""
+    floor_mass: float
+    """Probability, under the merge, of the pieces that at least one expert did not list."""
+    policy_version: int = 0
+
+    def expert_logprob(self, expert: str) -> float | None:
+        """What `expert` said of the drawn piece; None when it was not on its list."""
+        value = self.candidates.logprobs[self.experts.index(expert)][self.index]
+        return None if value == -math.inf else value
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingOptions:
+    """How a piece is drawn from the merged distribution."""
+
+    temperature: float = 1.0
+    """0 takes the most probable piece."""
+    top_p: float = 1.0
+    max_tokens: int = 256
+    stop: tuple[str, ...] = ()
+    seed: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One event of a streamed answer."""
+
+    text: str
+    """Text that became final with this piece: empty while a character is incomplete or a stop string possible."""
+    step: TokenStep
+
+    @property
+    def weights(self) -> Mapping[str, float]:
+        """The mixture weight of each expert asked, by name."""
+        return dict(zip(self.step.experts, self.step.weights, strict=True))
+
+    @property
+    def expert_logprobs(self) -> Mapping[str, float | None]:
+        """Each expert's own logprob of the drawn piece; None where it was not on its list."""
+        return {name: self.step.expert_logprob(name) for name in self.step.experts}
+
+    @property
+    def missed_mass(self) -> float | None:
+        """See `TokenStep.missed_mass`."""
+        return self.step.missed_mass
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A finished answer."""
+
+    text: str
+    steps: tuple[TokenStep, ...]
+    finish_reason: FinishReason
+    seed: int
+    """The seed with which the same endpoints give the same answer again."""
+    merge: str
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def missed_mass_mean(self) -> float | None:
+        """Mean over the steps of `TokenStep.missed_mass`; None where the rule has no bound."""
+        values = self._missed()
+        return math.fsum(values) / len(values) if values else None
+
+    @property
+    def missed_mass_max(self) -> float | None:
+        """Largest `TokenStep.missed_mass` of the answer; None where the rule has no bound."""
+        return max(self._missed(), default=None)
+
+    def _missed(self) -> list[float]:
+        return [step.missed_mass for step in self.steps if step.missed_mass is not None]
