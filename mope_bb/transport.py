@@ -260,7 +260,7 @@ def _number(text: str | None) -> float | None:
         value = float(text) if text is not None else None
     except ValueError:
         return None
-    return value if value is not None and value == value and abs(value) < 1e9 else None
+    return value if value is not None and abs(value) < 1e9 else None
 
 
 _backoff = tenacity.wait_random_exponential(multiplier=BACKOFF_INITIAL_S, max=BACKOFF_MAX_S)

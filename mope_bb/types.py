@@ -146,6 +146,8 @@ class Token:
     text: str
     """Text that became final with this piece: empty while a character is incomplete or a stop string possible."""
     step: TokenStep
+    finish_reason: FinishReason | None = None
+    """Set on the last token of an answer."""
 
     @property
     def weights(self) -> Mapping[str, float]:

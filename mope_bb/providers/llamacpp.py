@@ -26,7 +26,7 @@ from mope_bb.errors import (
     MalformedResponseError,
 )
 from mope_bb.providers.base import Capabilities, IdExpert, build_distribution
-from mope_bb.providers.tokenizers import (
+from mope_bb.chat_tokenizer import (
     FINGERPRINT_TEXTS,
     ChatTokenizer,
     as_openai,

@@ -15,7 +15,7 @@ from mope_bb.config import ExpertConfig
 from mope_bb.errors import ConfigError, ContextLengthError, ProviderTimeoutError
 from mope_bb.inference import BatchedModel, choose_device
 from mope_bb.providers.base import Capabilities, IdExpert, build_distribution
-from mope_bb.providers.tokenizers import ChatTokenizer, load_chat_tokenizer
+from mope_bb.chat_tokenizer import ChatTokenizer, load_chat_tokenizer
 from mope_bb.types import END, Message, TokenDistribution
 
 CAPABILITIES: Final = Capabilities(

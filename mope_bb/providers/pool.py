@@ -46,6 +46,11 @@ class ExpertPool:
                 self._fingerprint = (first, expected)
                 self._verified.add(name)
 
+    @property
+    def tokenizer_fingerprint(self) -> str | None:
+        """The tokenizer that the experts in use share; None before the first is open."""
+        return None if self._fingerprint is None else self._fingerprint[1]
+
     async def ask(self, names: Sequence[str], context: Context) -> list[TokenDistribution]:
         """The next-token distributions of `names`, in that order. The first failure cancels the others and is raised."""
         found = await _gather(

@@ -1,0 +1,5 @@
+"""`python -m mope_bb` is `mope-bb`."""
+
+from mope_bb.cli.main import main
+
+main()

@@ -1,0 +1,175 @@
+"""`mope-bb chat`: one question, several preferences side by side, or a conversation."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mope_bb.errors import ConfigError, MopeError
+
+if TYPE_CHECKING:
+    from mope_bb.config import Config
+    from mope_bb.session import AnswerStream, Session
+    from mope_bb.types import Answer, Token
+
+
+@dataclass(frozen=True, slots=True)
+class ChatOptions:
+    """What holds for every answer of one run."""
+
+    merge: str | None
+    system: str | None
+    sampling: dict[str, Any]
+    as_json: bool
+
+
+@click.command()
+@click.option("-p", "--pref", "preferences", multiple=True, metavar="PREF",
+              help='Names ("concise,friendly"), weights ("concise=0.7,friendly=0.3"), a preset or a sentence. '
+                   "Several with --once stand side by side.")
+@click.option("-c", "--config", "config_path", type=click.Path(), help="A mope.toml. Without it: the embedded zoo.")
+@click.option("--merge", type=click.Choice(["linear", "geometric", "product"]), help="The merge rule.")
+@click.option("--once", metavar="TEXT", help="Answer this and end. Standard input is read if it is piped.")
+@click.option("--seed", type=int, help="Equal seeds draw equal answers.")
+@click.option("--temperature", type=float, default=1.0, show_default=True, help="0 takes the most probable piece.")
+@click.option("--top-p", type=float, default=1.0, show_default=True)
+@click.option("--max-tokens", type=int, default=256, show_default=True)
+@click.option("--system", metavar="TEXT", help="A system message.")
+@click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before this text; may be repeated.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object per token.")
+def chat(
+    preferences: tuple[str, ...],
+    config_path: str | None,
+    merge: str | None,
+    once: str | None,
+    system: str | None,
+    as_json: bool,
+    **sampling: Any,
+) -> None:
+    """Ask merged experts, once or in a conversation.
+
+    Without --config the embedded zoo is used, built on first use and served by llama.cpp on this machine.
+    """
+    options = ChatOptions(merge, system, sampling, as_json)
+    question = once if once is not None else None if sys.stdin.isatty() else sys.stdin.read().strip()
+    if question is not None and not question.strip():
+        raise ConfigError("the prompt is empty", hint="Pass a question to --once, or pipe one in.")
+    if len(preferences) > 1 and (question is None or as_json):
+        raise ConfigError("several --pref stand side by side only with --once or piped input, and without --json")
+    with open_config(config_path) as config, asyncio.Runner() as runner:
+        from mope_bb.session import build_session
+
+        session = build_session(config)
+        try:
+            if question is None:
+                from mope_bb.cli.interactive import Conversation
+
+                Conversation(runner, session, options, preferences[0] if preferences else None).run()
+            elif len(preferences) > 1:
+                runner.run(compare(session, options, question, preferences))
+            else:
+                runner.run(answer_once(session, options, question, preferences[0] if preferences else None))
+        finally:
+            runner.run(session.aclose())
+
+
+@contextlib.contextmanager
+def open_config(path: str | None) -> Iterator[Config]:
+    """The user's configuration, or the zoo's while it is being served."""
+    if path is not None:
+        from mope_bb.config import load_config
+
+        yield load_config(path)
+        return
+    from mope_bb import zoo
+
+    with zoo.serve() as server:
+        yield server.config()
+
+
+def start(
+    session: Session, options: ChatOptions, messages: list[dict[str, str]], preference: str | None
+) -> AnswerStream:
+    """Begin an answer with the options of this run."""
+    system = [{"role": "system", "content": options.system}] if options.system else []
+    return session.stream([*system, *messages], preference=preference, merge=options.merge, **options.sampling)
+
+
+async def answer_once(session: Session, options: ChatOptions, question: str, preference: str | None) -> None:
+    """Stream one answer to standard output."""
+    stream = start(session, options, [{"role": "user", "content": question}], preference)
+    async for token in stream:
+        click.echo(json_line(token) if options.as_json else token.text, nl=options.as_json)
+    if not options.as_json:
+        click.echo()
+        click.echo(summary(stream.answer), err=True)
+
+
+async def compare(session: Session, options: ChatOptions, question: str, preferences: tuple[str, ...]) -> None:
+    """The answers for several preferences, drawn at the same time, side by side."""
+    from rich.console import Console
+    from rich.table import Table
+
+    streams = [start(session, options, [{"role": "user", "content": question}], text) for text in preferences]
+
+    async def finish(stream: AnswerStream) -> Answer:
+        async for _ in stream:
+            pass
+        return stream.answer
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(finish(stream)) for stream in streams]
+    except BaseExceptionGroup as error:
+        ours = [inner for inner in error.exceptions if isinstance(inner, MopeError)]
+        raise (ours or error.exceptions)[0] from None
+    table = Table(title=question, show_lines=False, expand=True)
+    for preference in preferences:
+        table.add_column(preference, ratio=1, overflow="fold")
+    answers = [task.result() for task in tasks]
+    # Text from a model is data: no markup is read in it.
+    from rich.text import Text
+
+    table.add_row(*(Text(answer.text) for answer in answers))
+    table.add_row(*(Text(summary(answer), style="dim") for answer in answers))
+    Console().print(table)
+
+
+def json_line(token: Token) -> str:
+    """One token as a line of JSON."""
+    return json.dumps(
+        {
+            "text": token.text,
+            "token_id": token.step.piece.token_id,
+            "bytes": list(token.step.piece.data),
+            "logprob": token.step.logprob,
+            "weights": token.weights,
+            "expert_logprobs": token.expert_logprobs,
+            "missed_mass": token.missed_mass,
+            "floor_mass": token.step.floor_mass,
+            "finish_reason": token.finish_reason,
+        },
+        ensure_ascii=False,
+    )
+
+
+def summary(answer: Answer) -> str:
+    """One line about an answer: its length, what the lists could not show, how to get it again."""
+    parts = [f"{len(answer.steps)} tokens", answer.merge]
+    if answer.missed_mass_mean is not None and answer.missed_mass_max is not None:
+        parts.append(f"missed mass mean {answer.missed_mass_mean:.3f} max {answer.missed_mass_max:.3f}")
+    elif answer.steps:
+        floor = sum(step.floor_mass for step in answer.steps) / len(answer.steps)
+        parts.append(f"mass on unlisted values {floor:.3f}")
+    if answer.finish_reason == "length":
+        parts.append("cut at the length limit")
+    return " · ".join([*parts, f"seed {answer.seed}"])
+
+

@@ -1,0 +1,85 @@
+"""`mope-bb`: the command group, and the one place where errors become a line, a hint and an exit status."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import traceback
+
+import click
+
+from mope_bb.errors import MopeError
+
+COMMANDS = {
+    "chat": ("mope_bb.cli.chat", "Ask merged experts, once or in a conversation."),
+    "zoo": ("mope_bb.cli.zoo", "Build and serve the embedded tiny experts."),
+}
+EXIT_INTERRUPTED = 130
+
+
+class LazyGroup(click.Group):
+    """Imports a command when it runs: `mope-bb --help` must not wait for torch."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = getattr(importlib.import_module(COMMANDS[cmd_name][0]), cmd_name)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, summary) for name, (_, summary) in COMMANDS.items()])
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="mope-bb", prog_name="mope-bb")
+@click.option("--debug", is_flag=True, help="Show tracebacks and log messages.")
+def cli(debug: bool) -> None:
+    """Personalise language models that nobody can retrain.
+
+    Several frozen experts, merged token by token with the preference you ask for.
+    """
+    import logging
+
+    logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, format="%(levelname)s: %(message)s")
+    for noisy in ("httpx", "httpcore", "asyncio"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def main() -> None:
+    """Run the command line; never shows a traceback without --debug."""
+    debug = "--debug" in sys.argv
+    try:
+        status = cli.main(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        status = error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        status = EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The reader went away (`mope-bb chat ... | head -1`): not an error, and nothing more can be written.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 0
+    except MopeError as error:
+        status = show_error(error, debug=debug)
+    except Exception as error:  # noqa: BLE001  # the last resort of a command line
+        if debug:
+            traceback.print_exc()
+        click.echo(f"error: {type(error).__name__}: {error}", err=True)
+        click.echo("hint: this is a bug in mope-bb; run with --debug for the traceback.", err=True)
+        status = 1
+    sys.exit(status)
+
+
+def show_error(error: MopeError, *, debug: bool) -> int:
+    """Write one line and the hint to standard error; the exit status."""
+    if debug:
+        traceback.print_exception(error)
+    click.echo(f"error: {' '.join(str(error).split())}", err=True)
+    if error.hint:
+        click.echo(f"hint: {error.hint}", err=True)
+    return error.exit_code

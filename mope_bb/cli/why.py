@@ -1,0 +1,51 @@
+"""An answer coloured by the expert that carried each token."""
+
+from __future__ import annotations
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from mope_bb.pcm.decode import Plan
+from mope_bb.pcm.mixture import carriers, fill_missing
+from mope_bb.text import TextAssembler
+from mope_bb.types import END, Answer, TokenStep
+
+COLOURS = ("cyan", "magenta", "green", "yellow", "blue", "red", "bright_cyan", "bright_magenta")
+
+
+def carrier_shares(step: TokenStep, plan: Plan) -> dict[str, float]:
+    """How much each styled expert carried the drawn piece, summing to 1."""
+    logprobs = torch.tensor(step.candidates.logprobs, dtype=torch.float64)
+    floors = torch.tensor(step.candidates.floors, dtype=torch.float64)
+    first = 1 if plan.rule.needs_base else 0
+    weights = torch.tensor(step.weights[first:], dtype=torch.float64)
+    shares = carriers(plan.rule, fill_missing(plan.rule, logprobs, floors), weights)[:, step.index]
+    return dict(zip(plan.experts, shares.tolist(), strict=True))
+
+
+def print_why(answer: Answer, plan: Plan, console: Console | None = None) -> None:
+    """Print the answer in colours, and a table of what each expert carried on average."""
+    console = console or Console(highlight=False)
+    colour = {name: COLOURS[index % len(COLOURS)] for index, name in enumerate(plan.experts)}
+    totals = dict.fromkeys(plan.experts, 0.0)
+    tokens = dict.fromkeys(plan.experts, 0)
+    text, assembler = Text(), TextAssembler()
+    for step in answer.steps:
+        shares = carrier_shares(step, plan)
+        strongest = max(shares, key=lambda name: shares[name])
+        tokens[strongest] += 1
+        for name, share in shares.items():
+            totals[name] += share
+        shown = assembler.feed(step.piece) if step.piece != END else "⏹"
+        text.append(shown, style=colour[strongest])
+    console.print(text)
+    table = Table(box=None, pad_edge=False)
+    for heading in ("expert", "tokens carried", "mean share", "asked for"):
+        table.add_column(heading, justify="left" if heading == "expert" else "right")
+    for name, weight in zip(plan.experts, plan.lambdas, strict=True):
+        table.add_row(
+            Text(name, style=colour[name]), str(tokens[name]), f"{totals[name] / len(answer.steps):.0%}", f"{weight:.0%}"
+        )
+    console.print(table)

@@ -1,0 +1,150 @@
+"""The Preference Control Model: a small causal token classifier with one label per expert.
+
+On disk it is a Hugging Face folder (safetensors, loads in plain transformers) with a `mope.json` beside it. Its head
+starts at zero, so an untrained PCM is exactly the user's own weighted mixture or product.
+
+    s_i = head_i(h_t) + u . phi_i        phi: see `pcm.features`; u is shared by the experts and starts at zero
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from mope_bb.chat_tokenizer import ChatTokenizer, load_chat_tokenizer
+from mope_bb.errors import CheckpointError
+from mope_bb.pcm.features import FEATURES
+
+FORMAT: Final = 1
+PROMPT_LAYOUT: Final = "chat-1"
+"""The preference's text is the system message, the conversation's own system message follows it."""
+
+
+@dataclass(eq=False)
+class PreferenceControlModel:
+    """Backbone, head and feature weights, with the names that the head's rows belong to."""
+
+    model: Any
+    """An `AutoModelForTokenClassification` with a causal backbone."""
+    tokenizer: ChatTokenizer
+    tokenizer_source: Any
+    """The transformers tokenizer, to be saved with the model."""
+    experts: tuple[str, ...]
+    """Names of the head's rows."""
+    feature_weights: Tensor
+    """u, (F,)."""
+    policy_version: int = 0
+    """Learner steps behind these weights; 0 = untrained."""
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether the scores depend on anything."""
+        return self.policy_version > 0
+
+    def save(self, folder: Path) -> None:
+        """Write the folder; plain transformers can load it."""
+        self.model.save_pretrained(folder)
+        self.tokenizer_source.save_pretrained(folder)
+        document = {
+            "format": FORMAT,
+            "experts": list(self.experts),
+            "features": dict(zip(FEATURES, self.feature_weights.tolist(), strict=True)),
+            "prompt_layout": PROMPT_LAYOUT,
+            "policy_version": self.policy_version,
+        }
+        (folder / "mope.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+
+def build_pcm(backbone: str, experts: Sequence[str], *, device: torch.device | None = None) -> PreferenceControlModel:
+    """An untrained PCM on the body of `backbone` (a folder or hub name). Raises CheckpointError."""
+    labels = dict(enumerate(experts))
+    model = _load(backbone, num_labels=len(experts), id2label=labels, label2id={v: k for k, v in labels.items()})
+    head = _head(model, len(experts), backbone)
+    nn.init.zeros_(head.weight)
+    if head.bias is not None:
+        nn.init.zeros_(head.bias)
+    return _assemble(model, backbone, tuple(experts), torch.zeros(len(FEATURES)), 0, device)
+
+
+def load_pcm(path: str, *, device: torch.device | None = None) -> PreferenceControlModel:
+    """Load a folder that `PreferenceControlModel.save` wrote. Raises CheckpointError."""
+    file = Path(path) / "mope.json"
+    try:
+        document = json.loads(file.read_text(encoding="utf-8"))
+        experts = tuple(str(name) for name in document["experts"])
+        features = torch.tensor([float(document["features"][name]) for name in FEATURES])
+        version, layout, found_format = int(document["policy_version"]), document["prompt_layout"], document["format"]
+    except FileNotFoundError:
+        raise CheckpointError(f"{path!r} is not a PCM folder: it has no mope.json") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{str(file)!r} cannot be read: {error!r}") from None
+    if (found_format, layout) != (FORMAT, PROMPT_LAYOUT):
+        raise CheckpointError(
+            f"{path!r} has format {found_format!r} and prompt layout {layout!r}, expected {FORMAT} and {PROMPT_LAYOUT!r}",
+            hint="It was written by another version of mope-bb.",
+        )
+    model = _load(path)
+    if model.config.num_labels != len(experts):
+        raise CheckpointError(f"{path!r} has {model.config.num_labels} labels, but mope.json names {len(experts)} experts")
+    return _assemble(model, path, experts, features, version, device)
+
+
+def _assemble(
+    model: Any, source: str, experts: tuple[str, ...], features: Tensor, version: int, device: torch.device | None
+) -> PreferenceControlModel:
+    from transformers import AutoTokenizer
+
+    _switch_off_dropout(model)
+    model.eval()
+    _check_causal(model, source)
+    if device is not None:
+        model.to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    tokenizer = load_chat_tokenizer(source)
+    return PreferenceControlModel(
+        model, tokenizer, AutoTokenizer.from_pretrained(source), experts, features, policy_version=version
+    )
+
+
+def _load(path: str, **options: Any) -> Any:
+    from transformers import AutoModelForTokenClassification
+
+    try:
+        return AutoModelForTokenClassification.from_pretrained(path, dtype=torch.float32, **options)
+    except Exception as error:  # transformers raises whatever its parsers raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"the PCM backbone {path!r} cannot be loaded: {reason}") from None
+
+
+def _head(model: Any, num_experts: int, source: str) -> nn.Linear:
+    for name in ("score", "classifier"):
+        head = getattr(model, name, None)
+        if isinstance(head, nn.Linear) and head.out_features == num_experts:
+            return head
+    raise CheckpointError(f"{source!r} ({type(model).__name__}) has no linear token-classification head")
+
+
+def _switch_off_dropout(model: nn.Module) -> None:
+    """Sampling and learning must compute the same numbers, so nothing may be random in training mode either."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0  # type: ignore[assignment]  # a plain float in transformers' layers
+
+
+@torch.inference_mode()
+def _check_causal(model: Any, source: str) -> None:
+    """Refuse encoders: a score must not depend on what comes later."""
+    first, second = torch.tensor([[1, 2, 3]]), torch.tensor([[1, 2, 4]])
+    states = [model.base_model(input_ids=ids.to(model.device)).last_hidden_state[0, :2] for ids in (first, second)]
+    if not torch.allclose(*states, atol=1e-5):
+        raise CheckpointError(
+            f"the PCM backbone {source!r} ({type(model).__name__}) is not causal",
+            hint="Use a decoder such as Llama, Qwen or Mistral.",
+        )

@@ -1,0 +1,126 @@
+"""Scores for open answers: the PCM behind an interface that an untrained mixture fits as well."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from mope_bb.inference import BatchedModel
+from mope_bb.pcm.features import FEATURES
+from mope_bb.pcm.model import PreferenceControlModel
+from mope_bb.types import Context, Message, Piece
+
+PROMPTS_KEPT: Final = 64
+_log = logging.getLogger(__name__)
+
+
+class Scorer(ABC):
+    """Gives each expert a score; 0 leaves the user's own weight as it is."""
+
+    policy_version: int = 0
+    reads_text: bool = False
+    """Whether a preference given as a sentence has an effect."""
+    feature_weights: Tensor = torch.zeros(len(FEATURES))
+    """u, (F,)."""
+
+    @abstractmethod
+    async def head_scores(self, context: Context, preference_text: str, experts: Sequence[str]) -> Tensor:
+        """head_i(h_t) of `experts`, (E,), after the preference, the conversation and the answer so far."""
+
+    async def aclose(self) -> None:
+        """Free memory."""
+
+
+class UserWeights(Scorer):
+    """No PCM: all scores are 0."""
+
+    async def head_scores(self, context: Context, preference_text: str, experts: Sequence[str]) -> Tensor:
+        return torch.zeros(len(experts))
+
+
+class PcmScorer(Scorer):
+    """A PCM with one KV cache per open answer; the answers of many tasks share its forwards."""
+
+    def __init__(self, pcm: PreferenceControlModel, *, expert_fingerprint: str | None) -> None:
+        """`expert_fingerprint` is that of the experts' tokenizer: where it is the PCM's own, ids are taken as they are."""
+        self.policy_version = pcm.policy_version
+        self.reads_text = pcm.is_trained
+        self.feature_weights = pcm.feature_weights
+        self._pcm = pcm
+        self._row_of = {name: row for row, name in enumerate(pcm.experts)}
+        self._runner = BatchedModel(pcm.model, name="pcm", is_lm=False)
+        self._same_ids = expert_fingerprint == pcm.tokenizer.fingerprint
+        self._prompts: OrderedDict[tuple[str, tuple[Message, ...]], tuple[int, ...]] = OrderedDict()
+        self._warned: set[str] = set()
+        self._encode_text = lru_cache(maxsize=65536)(pcm.tokenizer.encode_text)
+
+    async def head_scores(self, context: Context, preference_text: str, experts: Sequence[str]) -> Tensor:
+        ids = (*self._prompt_ids(preference_text, context.messages), *self._response_ids(context.response))
+        limit = self._runner.max_length
+        # Beyond its context the PCM reads the end of the text; a weight is better than an error here.
+        row = await self._runner.last_row(ids if limit is None else ids[-limit:])
+        return torch.stack([self._score(row, name) for name in experts])
+
+    def _score(self, row: Tensor, name: str) -> Tensor:
+        index = self._row_of.get(name)
+        if index is not None:
+            return row[index]
+        if name not in self._warned:
+            self._warned.add(name)
+            _log.warning("the PCM does not know the expert %r: its weight stays the user's", name)
+        return torch.zeros(())
+
+    def _prompt_ids(self, preference_text: str, messages: tuple[Message, ...]) -> tuple[int, ...]:
+        key = (preference_text, messages)
+        if key not in self._prompts:
+            self._prompts[key] = self._pcm.tokenizer.encode_chat(build_pcm_messages(preference_text, messages))
+            if len(self._prompts) > PROMPTS_KEPT:
+                self._prompts.popitem(last=False)
+        return self._prompts[key]
+
+    def _response_ids(self, response: Sequence[Piece]) -> tuple[int, ...]:
+        if self._same_ids:
+            return tuple(piece.token_id for piece in response if piece.token_id is not None)
+        return tuple(token_id for text in complete_texts(response) for token_id in self._encode_text(text))
+
+    async def aclose(self) -> None:
+        await asyncio.to_thread(self._runner.close)
+
+
+def build_pcm_messages(preference_text: str, messages: Sequence[Message]) -> tuple[Message, ...]:
+    """The conversation as the PCM reads it: prompt layout "chat-1"."""
+    own = [message.content for message in messages if message.role == "system"]
+    rest = [message for message in messages if message.role != "system"]
+    return (Message("system", "\n\n".join([preference_text, *own])), *rest)
+
+
+def complete_texts(response: Sequence[Piece]) -> list[str]:
+    """Cut the answer's bytes into texts, each as short as possible and of whole characters.
+
+    A cut once made stays where it is when the answer grows, so ids made text by text are append-only. Bytes of a
+    character that is not complete yet are left out; bytes that never become one are replaced when they are known to be
+    wrong.
+    """
+    texts: list[str] = []
+    waiting = b""
+    for piece in response:
+        waiting += piece.data
+        if not waiting:
+            continue
+        try:
+            texts.append(waiting.decode())
+            waiting = b""
+        except UnicodeDecodeError as error:
+            # A character has at most 4 bytes: a longer rest, or one that does not end inside a character, is broken.
+            if error.reason != "unexpected end of data" or len(waiting) - error.start > 3:
+                texts.append(waiting.decode(errors="replace"))
+                waiting = b""
+    return texts

@@ -1,0 +1,48 @@
+"""Drawing one candidate from a merged distribution."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mope_bb.errors import ConfigError
+from mope_bb.types import SamplingOptions
+
+
+def check_sampling(options: SamplingOptions) -> None:
+    """Raise ConfigError for options outside their range."""
+    if not 0.0 <= options.temperature < float("inf"):
+        raise ConfigError(f"temperature is {options.temperature:g}, expected 0 or more")
+    if not 0.0 < options.top_p <= 1.0:
+        raise ConfigError(f"top_p is {options.top_p:g}, expected a number above 0 and at most 1")
+    if options.max_tokens < 1:
+        raise ConfigError(f"max_tokens is {options.max_tokens}, expected 1 or more")
+    if any(not stop for stop in options.stop):
+        raise ConfigError("a stop string is empty")
+
+
+def shape_distribution(log_pi: Tensor, *, temperature: float, top_p: float) -> Tensor:
+    """log pi (C) after temperature and then top_p, normalised; temperature 0 puts everything on the first maximum.
+
+    top_p keeps the smallest set of most probable candidates whose mass reaches top_p.
+    """
+    if temperature == 0.0:
+        shaped = torch.full_like(log_pi, -torch.inf)
+        shaped[int(log_pi.argmax())] = 0.0
+        return shaped
+    shaped = torch.log_softmax(log_pi / temperature, dim=-1) if temperature != 1.0 else log_pi
+    if top_p < 1.0:
+        ranked, order = torch.sort(shaped, descending=True, stable=True)
+        before = ranked.exp().cumsum(dim=-1) - ranked.exp()
+        shaped = shaped.index_fill(-1, order[before >= top_p], -torch.inf)
+        shaped = torch.log_softmax(shaped, dim=-1)
+    return shaped
+
+
+def draw(log_pi: Tensor, uniform: float) -> int:
+    """The candidate at which the cumulative probability passes `uniform` in [0, 1): one number, one draw."""
+    cumulative = log_pi.double().exp().cumsum(dim=-1)
+    index = int(torch.searchsorted(cumulative, uniform * float(cumulative[-1]), right=True))
+    # Rounding may leave the very last step short: the last candidate with any probability is meant.
+    possible = torch.nonzero(log_pi > -torch.inf)
+    return min(index, int(possible[-1]))

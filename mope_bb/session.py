@@ -1,0 +1,317 @@
+"""The library's face: a `Session` opened from a configuration answers questions with merged experts.
+
+    async with open_session("mope.toml") as session:
+        async for token in session.stream("How do I fix a bike?", preference="concise,friendly"):
+            print(token.text, end="")
+
+One session serves any number of tasks at once. `open_session_sync` is the same for code without an event loop of its
+own, and may be used while one is running.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import threading
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from os import PathLike
+from pathlib import Path
+from typing import Any, TypeVar
+
+from mope_bb.cache import DistributionCache
+from mope_bb.config import Config, PcmConfig, load_config, resolve_home
+from mope_bb.errors import ConfigError, ContextLengthError, PreferenceError
+from mope_bb.inference import choose_device
+from mope_bb.pcm.decode import Plan, decode
+from mope_bb.pcm.mixture import MergeRule, build_rule
+from mope_bb.pcm.model import PreferenceControlModel, load_pcm
+from mope_bb.pcm.runner import PcmScorer, Scorer, UserWeights
+from mope_bb.pcm.sampling import check_sampling
+from mope_bb.preferences import Preference, describe_preference
+from mope_bb.providers.pool import ExpertPool
+from mope_bb.text import TextAssembler
+from mope_bb.types import Answer, Context, FinishReason, Message, SamplingOptions, Token, TokenStep
+
+T = TypeVar("T")
+Conversation = str | Sequence[Message | Mapping[str, Any]]
+PreferenceLike = str | Preference | Mapping[str, float] | None
+ROLES = ("system", "user", "assistant", "tool")
+
+
+class AnswerStream:
+    """Tokens as they are drawn: `async for token in stream`; afterwards `stream.answer` is the whole.
+
+    Leaving the loop early, or cancelling the task, cancels the requests that are under way.
+    """
+
+    def __init__(self, steps: AsyncIterator[TokenStep], *, options: SamplingOptions, seed: int, plan: Plan) -> None:
+        self._seed = seed
+        self._plan = plan
+        self._steps: list[TokenStep] = []
+        self._texts: list[str] = []
+        self._finish_reason: FinishReason | None = None
+        self._tokens = self._run(steps, options)
+
+    def __aiter__(self) -> AsyncIterator[Token]:
+        return self._tokens
+
+    @property
+    def plan(self) -> Plan:
+        """Who is asked, with which weights."""
+        return self._plan
+
+    @property
+    def text(self) -> str:
+        """The text so far."""
+        return "".join(self._texts)
+
+    @property
+    def answer(self) -> Answer:
+        """The answer as far as it came; `finish_reason` is "length" for one that was left early."""
+        return Answer(
+            self.text, tuple(self._steps), self._finish_reason or "length", self._seed, self._plan.rule.name
+        )
+
+    async def aclose(self) -> None:
+        """End the answer here."""
+        await self._tokens.aclose()
+
+    async def _run(self, steps: AsyncIterator[TokenStep], options: SamplingOptions) -> AsyncGenerator[Token, None]:
+        assembler = TextAssembler(options.stop)
+        try:
+            async for step in steps:
+                self._steps.append(step)
+                text = assembler.feed(step.piece)
+                reason: FinishReason | None = None
+                if assembler.is_stopped or len(self._steps) == options.max_tokens:
+                    reason = "stop" if assembler.is_stopped else "length"
+                    # What was held back as a possible stop string is text after all.
+                    text += assembler.flush()
+                yield self._told(Token(text, step, reason))
+                if reason is not None:
+                    return
+        except ContextLengthError:
+            # If the prompt did fit, the answer has grown to the end of an expert's context.
+            if not self._steps:
+                raise
+            yield self._told(Token(assembler.flush(), self._steps[-1], "length"))
+
+    def _told(self, token: Token) -> Token:
+        self._texts.append(token.text)
+        self._finish_reason = token.finish_reason
+        return token
+
+
+class Session:
+    """Experts and PCM, open. Made by `open_session`."""
+
+    def __init__(self, config: Config, *, cache: DistributionCache | None) -> None:
+        self.config = config
+        self.roster = config.roster()
+        self._rule = build_rule(config.merge.rule, product_scale=config.merge.product_scale)
+        self._pool = ExpertPool(config.experts, cache=cache)
+        self._cache = cache
+        self._pcm = _open_pcm(config.pcm)
+        self._scorer: Scorer | None = None if self._pcm is not None else UserWeights()
+        self._scorer_lock = asyncio.Lock()
+
+    def stream(
+        self,
+        conversation: Conversation,
+        *,
+        preference: PreferenceLike = None,
+        merge: str | None = None,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        max_tokens: int = 256,
+        stop: str | Sequence[str] = (),
+        seed: int | None = None,
+    ) -> AnswerStream:
+        """Answer `conversation` (a question, or messages in OpenAI's shape), token by token.
+
+        `preference` is what `preferences.parse_preference` reads, weights by name, or None for every dimension alike.
+        Raises ConfigError at once for bad arguments; ProviderError and others while streaming.
+        """
+        options = SamplingOptions(
+            temperature, top_p, max_tokens, (stop,) if isinstance(stop, str) else tuple(stop), seed
+        )
+        check_sampling(options)
+        context = Context(parse_conversation(conversation))
+        plan = self.plan(preference, merge=merge)
+        drawn_seed = random.SystemRandom().getrandbits(32) if seed is None else seed
+        steps = self._decode(context, plan, options, drawn_seed)
+        return AnswerStream(steps, options=options, seed=drawn_seed, plan=plan)
+
+    async def complete(self, conversation: Conversation, **options: Any) -> Answer:
+        """The whole answer; arguments as for `stream`."""
+        stream = self.stream(conversation, **options)
+        async for _ in stream:
+            pass
+        return stream.answer
+
+    def plan(self, preference: PreferenceLike = None, *, merge: str | None = None) -> Plan:
+        """Who would be asked for `preference`, and with which weights. Raises ConfigError."""
+        rule = self._rule if merge is None else build_rule(merge, product_scale=self._rule.product_scale)
+        parsed = self._parse(preference)
+        lambdas = self.roster.resolve(parsed, reads_text=self._pcm is not None and self._pcm.is_trained)
+        return Plan(
+            rule,
+            experts=tuple(lambdas),
+            lambdas=tuple(lambdas.values()),
+            base=self._base_for(rule),
+            preference_text=describe_preference(parsed, self.config.dimension_texts()),
+        )
+
+    def _parse(self, preference: PreferenceLike) -> Preference:
+        if isinstance(preference, Preference):
+            return preference
+        if isinstance(preference, str):
+            return self.roster.parse(preference)
+        if preference is not None:
+            return Preference.of(preference)
+        served = [dimension for dimension in self.roster.dimension_of.values() if dimension is not None]
+        if not served:
+            raise PreferenceError("no preference was given, and no expert has a dimension", hint="Name experts.")
+        return Preference.of(dict.fromkeys(served, 1.0))
+
+    def _base_for(self, rule: MergeRule) -> str | None:
+        if rule.needs_base and self.roster.base is None:
+            raise ConfigError(
+                f"the merge rule {rule.name!r} needs a base expert and none is configured",
+                hint="Add `base = true` to the expert that the others were fine-tuned from.",
+            )
+        return self.roster.base
+
+    async def _decode(
+        self, context: Context, plan: Plan, options: SamplingOptions, seed: int
+    ) -> AsyncIterator[TokenStep]:
+        await self._pool.open(plan.asked)
+        scorer = await self._open_scorer()
+        async for step in decode(context, plan, self._pool, scorer, options, seed=seed):
+            yield step
+
+    async def _open_scorer(self) -> Scorer:
+        """The PCM's runner is built when the experts' tokenizer is known."""
+        async with self._scorer_lock:
+            if self._scorer is None:
+                assert self._pcm is not None
+                fingerprint = self._pool.tokenizer_fingerprint
+                self._scorer = await asyncio.to_thread(PcmScorer, self._pcm, expert_fingerprint=fingerprint)
+            return self._scorer
+
+    async def aclose(self) -> None:
+        """Close connections, models and the cache."""
+        await self._pool.aclose()
+        if self._scorer is not None:
+            await self._scorer.aclose()
+        if self._cache is not None:
+            self._cache.close()
+
+
+@asynccontextmanager
+async def open_session(config: Config | str | PathLike[str]) -> AsyncIterator[Session]:
+    """Open the session that `config` (or the `mope.toml` at that path) describes. Raises ConfigError."""
+    session = await asyncio.to_thread(build_session, config)
+    try:
+        yield session
+    finally:
+        await session.aclose()
+
+
+def build_session(config: Config | str | PathLike[str]) -> Session:
+    """What `open_session` opens; the caller closes it. Loads the PCM, contacts no expert."""
+    loaded = config if isinstance(config, Config) else load_config(config)
+    return Session(loaded, cache=_open_cache(loaded))
+
+
+class SyncSession:
+    """A `Session` on an event loop of its own thread. Made by `open_session_sync`."""
+
+    def __init__(self, session: Session, call: Callable[[Awaitable[Any]], Any]) -> None:
+        self.session = session
+        self._call = call
+
+    def complete(self, conversation: Conversation, **options: Any) -> Answer:
+        """See `Session.complete`."""
+        answer: Answer = self._call(self.session.complete(conversation, **options))
+        return answer
+
+    def stream(self, conversation: Conversation, **options: Any) -> Iterator[Token]:
+        """See `Session.stream`; leaving the loop early ends the answer."""
+        stream = self.session.stream(conversation, **options)
+        tokens = aiter(stream)
+        try:
+            while True:
+                try:
+                    yield self._call(anext(tokens))
+                except StopAsyncIteration:
+                    return
+        finally:
+            self._call(stream.aclose())
+
+
+@contextmanager
+def open_session_sync(config: Config | str | PathLike[str]) -> Iterator[SyncSession]:
+    """`open_session` for code that does not await; also inside a running event loop, which it blocks meanwhile."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, name="mope-bb-session", daemon=True)
+    thread.start()
+
+    def call(awaitable: Awaitable[T]) -> T:
+        async def awaited() -> T:
+            return await awaitable
+
+        future = asyncio.run_coroutine_threadsafe(awaited(), loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    try:
+        session = build_session(config)
+        try:
+            yield SyncSession(session, call)
+        finally:
+            call(session.aclose())
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+
+
+def parse_conversation(conversation: Conversation) -> tuple[Message, ...]:
+    """A question, or messages, as messages. Raises ConfigError for an empty or malformed one."""
+    if isinstance(conversation, str):
+        conversation = [Message("user", conversation)]
+    messages = tuple(_parse_message(message) for message in conversation)
+    if not messages:
+        raise ConfigError("the conversation is empty", hint="Ask something.")
+    last = messages[-1]
+    if last.role == "user" and not last.content.strip():
+        raise ConfigError("the prompt is empty", hint="Ask something.")
+    return messages
+
+
+def _parse_message(message: Message | Mapping[str, Any]) -> Message:
+    if isinstance(message, Message):
+        parsed = message
+    else:
+        parsed = Message(str(message.get("role")), message.get("content") or "", (), message.get("tool_call_id"))
+    if parsed.role not in ROLES:
+        raise ConfigError(f"a message has the role {parsed.role!r}", hint=f"Known: {', '.join(ROLES)}.")
+    if not isinstance(parsed.content, str):
+        raise ConfigError(f"the content of a message is {type(parsed.content).__name__}, expected text")
+    return parsed
+
+
+def _open_pcm(config: PcmConfig) -> PreferenceControlModel | None:
+    return None if config.path is None else load_pcm(config.path, device=choose_device(config.device))
+
+
+def _open_cache(config: Config) -> DistributionCache | None:
+    if not config.cache.enabled:
+        return None
+    path = Path(config.cache.path) if config.cache.path else resolve_home() / "distributions"
+    return DistributionCache(path, max_bytes=config.cache.max_bytes)
