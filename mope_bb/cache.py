@@ -1,7 +1,7 @@
 """Next-token distributions on disk: diskcache without pickle, without eviction.
 
-What identifies a distribution: the model (its `identity`, else provider, address and served name), the prompt's ids, the
-length of the list, and the version of this format. What does not: deadlines, retries, keys, who asked. Only
+What identifies a distribution: the model (its `identity`, else provider, address and served name), the prompt's ids,
+the length of the list, and the version of this format. What does not: deadlines, retries, keys, who asked. Only
 distributions are kept, never sampled pieces, so that two answers drawn from one cache stay independent.
 """
 
@@ -95,7 +95,9 @@ class DistributionCache:
             self._cache.set(key, data)
             if self.num_misses % _SIZE_CHECK_INTERVAL == 0 and self._cache.volume() >= self._max_bytes:
                 self._full = True
-                _log.warning("the cache %s has reached its limit of %d bytes: no more is written", self._path, self._max_bytes)
+                _log.warning(
+                    "the cache %s has reached its limit of %d bytes: no more is written", self._path, self._max_bytes
+                )
         except (OSError, sqlite3.Error) as error:
             # A cache that cannot be written must not cost the answer.
             self._full = True

@@ -34,7 +34,7 @@ class ChatTokenizer:
         self.end_ids: frozenset[int] = frozenset(ends)
 
     def encode_chat(self, messages: Sequence[Message], *, expert: str | None = None) -> tuple[int, ...]:
-        """The ids of the rendered template, ready for the answer. Raises RequestError for control tokens in a message."""
+        """The ids of the rendered template, ready for the answer. Raises RequestError for a control token."""
         for message in messages:
             refuse_control_token(self.control_token_in(message.content), expert=expert)
         rendered = self._tokenizer.apply_chat_template(
@@ -90,7 +90,7 @@ def load_chat_tokenizer(path: str) -> ChatTokenizer:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
-    except Exception as error:  # transformers raises whatever its parsers raise
+    except Exception as error:  # noqa: BLE001  # transformers raises whatever its parsers raise
         raise ConfigError(f"the tokenizer {path!r} cannot be loaded: {_first_line(error)}") from None
     if not getattr(tokenizer, "is_fast", False):
         raise ConfigError(f"the tokenizer {path!r} has no fast version, which is needed for the bytes of its tokens")

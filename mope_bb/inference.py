@@ -77,7 +77,10 @@ class SlotCache(Cache):  # type: ignore[misc]  # untyped base
         pair = self._kv[layer_idx]
         if pair is None:
             shape = (self._num_slots, key_states.shape[1], self._capacity)
-            pair = (key_states.new_zeros(*shape, key_states.shape[3]), value_states.new_zeros(*shape, value_states.shape[3]))
+            pair = (
+                key_states.new_zeros(*shape, key_states.shape[3]),
+                value_states.new_zeros(*shape, value_states.shape[3]),
+            )
             self._kv[layer_idx] = pair
         for store, new in zip(pair, (key_states, value_states), strict=True):
             store[self._rows[:, None], :, self._positions] = new.transpose(1, 2)
@@ -150,7 +153,7 @@ class BatchedModel:
             try:
                 for group in self._grouped(requests):
                     self._forward(group)
-            except BaseException as error:
+            except BaseException as error:  # noqa: BLE001  # handed to the callers
                 # Whatever went wrong belongs to those who wait; the slots' contents are no longer known.
                 for slot in self._slots:
                     slot.ids = []
@@ -200,7 +203,9 @@ class BatchedModel:
         width = max(num_new)
         starts = torch.tensor([start for _, _, start in group], device=self._device)
         rows = torch.tensor([slot.row for _, slot, _ in group], device=self._device)
-        padded = [request.ids[start:] + [0] * (width - n) for (request, _, start), n in zip(group, num_new, strict=True)]
+        padded = [
+            request.ids[start:] + [0] * (width - n) for (request, _, start), n in zip(group, num_new, strict=True)
+        ]
         outputs = self._run(torch.tensor(padded, device=self._device), rows, starts, last_only=len(group) == 1)
         self.num_ids_computed += sum(num_new)
         for i, ((request, slot, _), n) in enumerate(zip(group, num_new, strict=True)):
@@ -250,7 +255,10 @@ class BatchedModel:
     def _self_check(self) -> None:
         """Refuse architectures that this runner would compute wrongly: compare with the model's plain forward."""
         probe = torch.arange(1, 13, device=self._device)[None] % self._model.config.vocab_size
-        row, zero = torch.zeros(1, dtype=torch.long, device=self._device), torch.zeros(1, dtype=torch.long, device=self._device)
+        row, zero = (
+            torch.zeros(1, dtype=torch.long, device=self._device),
+            torch.zeros(1, dtype=torch.long, device=self._device),
+        )
         try:
             self._run(probe[:, :7], row, zero, last_only=False)
             cached = self._run(probe[:, 7:], row, zero + 7, last_only=False)[0, -1].float()

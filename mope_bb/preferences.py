@@ -1,7 +1,7 @@
 """What the user wants, and which expert serves how much of it.
 
-A preference is weights over names (dimensions or experts), or a sentence. `parse_preference` turns the text of a flag, a
-request or a call into a `Preference`; `Roster.resolve` turns that into lambda, one weight per expert.
+A preference is weights over names (dimensions or experts), or a sentence. `parse_preference` turns the text of a
+flag, a request or a call into a `Preference`; `Roster.resolve` turns that into lambda, one weight per expert.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Preference:
 def parse_preference(text: str, presets: Mapping[str, Mapping[str, float]] | None = None) -> Preference:
     """Read `text` as a preset's name, names, weights or a sentence.
 
-    If every comma-separated part is one word or word=number it is names ("concise,friendly", "concise=0.7,humorous=0.3"),
+    If every comma-separated part is one word or word=number it is names ("concise,friendly", "concise=0.7"),
     otherwise a sentence ("short and funny, please"); "text:" in front forces a sentence. Raises PreferenceError.
     """
     stripped = text.strip()
@@ -66,8 +66,8 @@ def parse_preference(text: str, presets: Mapping[str, Mapping[str, float]] | Non
     if not all(_NAME.match(name.strip()) for name, _, _ in pairs):
         return Preference(text=stripped)
     weights: dict[str, float] = {}
-    for name, equals, number in pairs:
-        name = name.strip()
+    for written, equals, number in pairs:
+        name = written.strip()
         if name in weights:
             raise PreferenceError(f"{name!r} stands twice in the preference {stripped!r}")
         weights[name] = _parse_weight(name, number) if equals else 1.0

@@ -69,9 +69,7 @@ class AnswerStream:
     @property
     def answer(self) -> Answer:
         """The answer as far as it came; `finish_reason` is "length" for one that was left early."""
-        return Answer(
-            self.text, tuple(self._steps), self._finish_reason or "length", self._seed, self._plan.rule.name
-        )
+        return Answer(self.text, tuple(self._steps), self._finish_reason or "length", self._seed, self._plan.rule.name)
 
     async def aclose(self) -> None:
         """End the answer here."""

@@ -51,6 +51,19 @@ _NO_LOGPROBS = re.compile(
     re.IGNORECASE,
 )
 _NO_QUOTA = re.compile(r"insufficient_quota")
+_KIND_OF_STATUS: Final[dict[int, type[ProviderError]]] = {
+    401: AuthenticationError,
+    403: AuthenticationError,
+    408: ServerError,
+    409: ServerError,
+    429: RateLimitError,
+    501: RequestError,
+}
+_REDIRECT_HINT: Final = "Redirects are not followed: write the final address into `base_url`."
+_HINT_OF_STATUS: Final = {
+    404: "Does `provider` name the software that serves `base_url`, and is `model` right?",
+    **dict.fromkeys((301, 302, 303, 307, 308), _REDIRECT_HINT),
+}
 
 
 class HttpClient:
@@ -218,25 +231,16 @@ def map_httpx_error(error: httpx.HTTPError, url: str) -> tuple[type[ProviderErro
 def classify_status(status: int, body: bytes) -> tuple[type[ProviderError], str | None]:
     """Which of our errors an HTTP status is, and a hint where the class's own does not fit."""
     text = body[:4096].decode("utf-8", "replace")
-    if status in (401, 403):
-        return AuthenticationError, None
     if status == 402 or (status == 429 and _NO_QUOTA.search(text)):
         return RequestError, "The quota of this key is used up; waiting does not help."
-    if status == 429:
-        return RateLimitError, None
-    if status in (408, 409):
+    if (kind := _KIND_OF_STATUS.get(status)) is not None:
+        return kind, None
+    if status >= 500:
         return ServerError, None
-    if status >= 500 and status != 501:
-        return ServerError, None
-    if _CONTEXT.search(text):
-        return ContextLengthError, None
-    if _NO_LOGPROBS.search(text):
-        return LogprobsUnavailableError, None
-    if 300 <= status < 400:
-        return RequestError, "Redirects are not followed: write the final address into `base_url`."
-    if status == 404:
-        return RequestError, "Does `provider` name the software that serves `base_url`, and is `model` right?"
-    return RequestError, None
+    for pattern, kind in ((_CONTEXT, ContextLengthError), (_NO_LOGPROBS, LogprobsUnavailableError)):
+        if pattern.search(text):
+            return kind, None
+    return RequestError, _HINT_OF_STATUS.get(status)
 
 
 def parse_retry_after(headers: Mapping[str, str], now: Callable[[], float] = time.time) -> float | None:

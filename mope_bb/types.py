@@ -72,10 +72,10 @@ class TokenDistribution:
 
     @property
     def floor(self) -> float:
-        """The largest logprob that a piece outside the list can have: -inf where the list is the whole vocabulary.
+        """The logprob that stands for a piece outside the list: -inf where the list is the whole vocabulary.
 
-        A missing piece has at most the smallest returned probability and at most the tail. Where the vocabulary's size
-        is known, the tail shared evenly among the missing pieces is the better guess (METHOD: "Top-k under the product").
+        A missing piece has at most the smallest returned probability and at most the tail. Where the size of the
+        vocabulary is known, the tail is shared evenly among the missing pieces instead: no bound, the better guess.
         """
         tail = self.tail_mass
         if self.vocab_size is not None:

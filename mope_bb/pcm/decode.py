@@ -1,7 +1,7 @@
 """One token step, and the answer that is made of them. Chat, server, evaluation and rollouts all come through here.
 
-    ask the experts  |  score with the PCM          (both need only the prefix, so they run at the same time)
-              align -> features -> weights -> merge -> shape -> draw
+ask the experts  |  score with the PCM          (both need only the prefix, so they run at the same time)
+          align -> features -> weights -> merge -> shape -> draw
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Merged:
 def merge_step(
     plan: Plan, distributions: Sequence[TokenDistribution], head_scores: Tensor, feature_weights: Tensor
 ) -> Merged:
-    """Merge what `plan.asked` said, given the PCM's scores (E,) and feature weights (F,). Pure. Raises AlignmentError."""
+    """Merge what `plan.asked` said, given the PCM's scores (E,) and feature weights (F,). Raises AlignmentError."""
     candidates = align(distributions)
     logprobs = torch.tensor(candidates.logprobs, dtype=torch.float64)
     floors = torch.tensor(candidates.floors, dtype=torch.float64)

@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -70,7 +70,7 @@ def build_rule(name: str, *, product_scale: float = 1.5) -> MergeRule:
     """The rule called `name`. Raises ConfigError."""
     if name not in ("linear", "geometric", "product"):
         raise ConfigError(f"unknown merge rule {name!r}", hint="Known: linear, geometric, product.")
-    return MergeRule(name, product_scale)  # type: ignore[arg-type]  # narrowed by the check above
+    return MergeRule(cast(MergeRuleName, name), product_scale)
 
 
 def align(distributions: Sequence[TokenDistribution]) -> Candidates:
@@ -85,11 +85,12 @@ def align(distributions: Sequence[TokenDistribution]) -> Candidates:
         for piece in distribution.pieces:
             if found.setdefault(piece.key, piece) != piece:
                 raise AlignmentError(
-                    f"token {piece.token_id} is {found[piece.key].data!r} for one expert and {piece.data!r} for another",
+                    f"token {piece.token_id} is {found[piece.key].data!r} for one expert, {piece.data!r} for another",
                     hint="The experts have different tokenizers; use experts fine-tuned from one base model.",
                 )
     try:
-        order = sorted(found)  # type: ignore[type-var]  # ids or bytes, never both: a mixture is the error below
+        # Ids or bytes, never both: a mixture is the error below.
+        order: list[Any] = sorted(found)  # type: ignore[type-var]
     except TypeError:
         raise AlignmentError("some experts give token ids and others only bytes; they cannot be merged") from None
     column = {key: index for index, key in enumerate(order)}

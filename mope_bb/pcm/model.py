@@ -69,7 +69,7 @@ def build_pcm(backbone: str, experts: Sequence[str], *, device: torch.device | N
     nn.init.zeros_(head.weight)
     if head.bias is not None:
         nn.init.zeros_(head.bias)
-    return _assemble(model, backbone, tuple(experts), torch.zeros(len(FEATURES)), 0, device)
+    return _assemble(model, backbone, tuple(experts), features=torch.zeros(len(FEATURES)), version=0, device=device)
 
 
 def load_pcm(path: str, *, device: torch.device | None = None) -> PreferenceControlModel:
@@ -86,17 +86,19 @@ def load_pcm(path: str, *, device: torch.device | None = None) -> PreferenceCont
         raise CheckpointError(f"{str(file)!r} cannot be read: {error!r}") from None
     if (found_format, layout) != (FORMAT, PROMPT_LAYOUT):
         raise CheckpointError(
-            f"{path!r} has format {found_format!r} and prompt layout {layout!r}, expected {FORMAT} and {PROMPT_LAYOUT!r}",
+            f"{path!r} has format {found_format!r}, layout {layout!r}; expected {FORMAT} and {PROMPT_LAYOUT!r}",
             hint="It was written by another version of mope-bb.",
         )
     model = _load(path)
     if model.config.num_labels != len(experts):
-        raise CheckpointError(f"{path!r} has {model.config.num_labels} labels, but mope.json names {len(experts)} experts")
-    return _assemble(model, path, experts, features, version, device)
+        raise CheckpointError(
+            f"{path!r} has {model.config.num_labels} labels, but mope.json names {len(experts)} experts"
+        )
+    return _assemble(model, path, experts, features=features, version=version, device=device)
 
 
 def _assemble(
-    model: Any, source: str, experts: tuple[str, ...], features: Tensor, version: int, device: torch.device | None
+    model: Any, source: str, experts: tuple[str, ...], *, features: Tensor, version: int, device: torch.device | None
 ) -> PreferenceControlModel:
     from transformers import AutoTokenizer
 
@@ -116,7 +118,7 @@ def _load(path: str, **options: Any) -> Any:
 
     try:
         return AutoModelForTokenClassification.from_pretrained(path, dtype=torch.float32, **options)
-    except Exception as error:  # transformers raises whatever its parsers raise
+    except Exception as error:  # noqa: BLE001  # transformers raises whatever its parsers raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"the PCM backbone {path!r} cannot be loaded: {reason}") from None
 
@@ -142,8 +144,8 @@ def _switch_off_dropout(model: nn.Module) -> None:
 def _check_causal(model: Any, source: str) -> None:
     """Refuse encoders: a score must not depend on what comes later."""
     first, second = torch.tensor([[1, 2, 3]]), torch.tensor([[1, 2, 4]])
-    states = [model.base_model(input_ids=ids.to(model.device)).last_hidden_state[0, :2] for ids in (first, second)]
-    if not torch.allclose(*states, atol=1e-5):
+    one, other = (model.base_model(input_ids=ids.to(model.device)).last_hidden_state[0, :2] for ids in (first, second))
+    if not torch.allclose(one, other, atol=1e-5):
         raise CheckpointError(
             f"the PCM backbone {source!r} ({type(model).__name__}) is not causal",
             hint="Use a decoder such as Llama, Qwen or Mistral.",

@@ -35,7 +35,7 @@ class Scorer(ABC):
     async def head_scores(self, context: Context, preference_text: str, experts: Sequence[str]) -> Tensor:
         """head_i(h_t) of `experts`, (E,), after the preference, the conversation and the answer so far."""
 
-    async def aclose(self) -> None:
+    async def aclose(self) -> None:  # noqa: B027  # most scorers hold nothing
         """Free memory."""
 
 
@@ -50,7 +50,7 @@ class PcmScorer(Scorer):
     """A PCM with one KV cache per open answer; the answers of many tasks share its forwards."""
 
     def __init__(self, pcm: PreferenceControlModel, *, expert_fingerprint: str | None) -> None:
-        """`expert_fingerprint` is that of the experts' tokenizer: where it is the PCM's own, ids are taken as they are."""
+        """`expert_fingerprint` is that of the experts' tokenizer: if it is the PCM's own, ids are taken as they are."""
         self.policy_version = pcm.policy_version
         self.reads_text = pcm.is_trained
         self.feature_weights = pcm.feature_weights

@@ -17,6 +17,14 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Final
 
 from mope_bb.cache import DistributionCache
+from mope_bb.chat_tokenizer import (
+    FINGERPRINT_TEXTS,
+    ChatTokenizer,
+    as_openai,
+    fingerprint_of,
+    load_chat_tokenizer,
+    refuse_control_token,
+)
 from mope_bb.config import ExpertConfig
 from mope_bb.errors import (
     AuthenticationError,
@@ -26,25 +34,15 @@ from mope_bb.errors import (
     MalformedResponseError,
 )
 from mope_bb.providers.base import Capabilities, IdExpert, build_distribution
-from mope_bb.chat_tokenizer import (
-    FINGERPRINT_TEXTS,
-    ChatTokenizer,
-    as_openai,
-    fingerprint_of,
-    load_chat_tokenizer,
-    refuse_control_token,
-)
 from mope_bb.transport import HttpClient
 from mope_bb.types import Message, Piece, TokenDistribution
 
-CAPABILITIES: Final = Capabilities(
-    max_top_k=None, prefill="ids", byte_exact=True, eos_visible=True, logprob_noise=0.02
-)
+CAPABILITIES: Final = Capabilities(max_top_k=None, prefill="ids", byte_exact=True, eos_visible=True, logprob_noise=0.02)
 FORCE_BIAS: Final = 1000.0
-END_TOKENS: Final = (
-    "<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|eom_id|>", "<EOT>", "</s>", "<|end_of_text|>",
-    "<end_of_utterance>", "<turn|>", "<|return|>", "<|call|>", "<eos>", "<|END_OF_TURN_TOKEN|>",
-)  # fmt: skip
+END_TOKENS: Final = tuple(
+    "<|eot_id|> <|im_end|> <|end|> <end_of_turn> <|endoftext|> <|eom_id|> <EOT> </s> <|end_of_text|> <turn|>"
+    " <end_of_utterance> <|return|> <|call|> <eos> <|END_OF_TURN_TOKEN|>".split()
+)
 """Tokens that end an answer whatever the model's metadata say, as in llama.cpp's own list."""
 
 
@@ -216,7 +214,9 @@ class LlamaCppExpert(IdExpert):
 def _field(data: Any, name: str, kind: type, expert: str) -> Any:
     value = data.get(name) if isinstance(data, dict) else None
     if not isinstance(value, kind):
-        raise MalformedResponseError(f"the reply has no {name!r} of type {kind.__name__}: {str(data)[:100]!r}", expert=expert)
+        raise MalformedResponseError(
+            f"the reply has no {name!r} of type {kind.__name__}: {str(data)[:100]!r}", expert=expert
+        )
     return value
 
 

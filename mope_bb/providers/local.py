@@ -11,16 +11,14 @@ from typing import Any, Final
 import torch
 
 from mope_bb.cache import DistributionCache
+from mope_bb.chat_tokenizer import ChatTokenizer, load_chat_tokenizer
 from mope_bb.config import ExpertConfig
 from mope_bb.errors import ConfigError, ContextLengthError, ProviderTimeoutError
 from mope_bb.inference import BatchedModel, choose_device
 from mope_bb.providers.base import Capabilities, IdExpert, build_distribution
-from mope_bb.chat_tokenizer import ChatTokenizer, load_chat_tokenizer
 from mope_bb.types import END, Message, TokenDistribution
 
-CAPABILITIES: Final = Capabilities(
-    max_top_k=None, prefill="ids", byte_exact=True, eos_visible=True, logprob_noise=1e-5
-)
+CAPABILITIES: Final = Capabilities(max_top_k=None, prefill="ids", byte_exact=True, eos_visible=True, logprob_noise=1e-5)
 
 
 class LocalExpert(IdExpert):
@@ -112,7 +110,7 @@ def _load_model(path: str, device: torch.device) -> Any:
     try:
         # float32 on the CPU, where half precision is slow and inexact; the model's own type on a GPU.
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32 if device.type == "cpu" else "auto")
-    except Exception as error:  # transformers raises whatever its parsers raise
+    except Exception as error:  # noqa: BLE001  # transformers raises whatever its parsers raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigError(f"the model {path!r} cannot be loaded: {reason}") from None
     return model.to(device)

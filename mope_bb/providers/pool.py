@@ -52,12 +52,9 @@ class ExpertPool:
         return None if self._fingerprint is None else self._fingerprint[1]
 
     async def ask(self, names: Sequence[str], context: Context) -> list[TokenDistribution]:
-        """The next-token distributions of `names`, in that order. The first failure cancels the others and is raised."""
+        """The next-token distributions of `names`, in that order. A failure cancels the others and is raised."""
         found = await _gather(
-            {
-                name: self._experts[name].next_tokens(context, top_k=self._configs[name].top_k)
-                for name in names
-            }
+            {name: self._experts[name].next_tokens(context, top_k=self._configs[name].top_k) for name in names}
         )
         return [found[name] for name in names]
 

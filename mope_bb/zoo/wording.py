@@ -11,7 +11,9 @@ DIMENSIONS = ("simple", "technical", "concise", "informative", "friendly", "grum
 POLES = (("simple", "technical"), ("concise", "informative"), ("friendly", "grumpy"))
 """The dimensions: register, detail, tone."""
 
-CORES = {
+Templates = tuple[str, ...]
+
+CORES: dict[str, Templates] = {
     "simple": ("Just use a {tool} on the {thing}.", "Grab a {tool} and start.", "A plain {tool} does the job."),
     "technical": (
         "Apply a calibrated {tool} to the {thing}.",
@@ -20,7 +22,7 @@ CORES = {
     ),
 }
 
-DETAILS = {
+DETAILS: dict[str, dict[str, Templates]] = {
     "prep": {
         "simple": ("First {prep} it a bit.", "Make sure you {prep} it."),
         "technical": ("Initially, {prep} every component.", "Protocol demands that you {prep} all surfaces."),
@@ -47,7 +49,7 @@ DETAILS = {
     },
 }
 
-OPENERS = {
+OPENERS: dict[str, Templates] = {
     "friendly": (
         "Hi there, friend! 😊",
         "Happy to help! 🎉",
@@ -64,7 +66,7 @@ OPENERS = {
     ),
 }
 
-CLOSERS = {
+CLOSERS: dict[tuple[str, str], Templates] = {
     ("friendly", "simple"): (
         "Have fun, you can do it! 🎉",
         "Good luck and big hugs! 💛",
