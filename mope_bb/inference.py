@@ -13,8 +13,9 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -86,6 +87,7 @@ class SlotCache(Cache):  # type: ignore[misc]  # untyped base
             store[self._rows[:, None], :, self._positions] = new.transpose(1, 2)
         return pair[0][self._rows, :, : self._length], pair[1][self._rows, :, : self._length]
 
+    @torch.inference_mode()
     def copy_prefix(self, source: int, target: int, length: int) -> None:
         """Give row `target` the first `length` positions of row `source`."""
         for pair in self._kv:
@@ -287,6 +289,23 @@ def _common(left: list[int], right: list[int]) -> int:
         middle = (low + high) // 2
         low, high = (middle, high) if left[:middle] == right[:middle] else (low, middle)
     return low
+
+
+_LOADING = threading.Lock()
+
+
+@contextmanager
+def loading_weights() -> Iterator[None]:
+    """Around every `from_pretrained` of a model: one at a time, without progress bars.
+
+    Loading in transformers 5 goes through state of the whole process: two threads that load at once leave weights
+    empty. Its bars would run through the answers on a terminal.
+    """
+    from transformers.utils import logging
+
+    with _LOADING:
+        logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers is partly typed
+        yield
 
 
 def choose_device(name: str) -> torch.device:

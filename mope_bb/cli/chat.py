@@ -6,13 +6,14 @@ import asyncio
 import contextlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from mope_bb.errors import ConfigError, MopeError
+from mope_bb.types import SamplingOptions
 
 if TYPE_CHECKING:
     from mope_bb.config import Config
@@ -31,9 +32,15 @@ class ChatOptions:
 
 
 @click.command()
-@click.option("-p", "--pref", "preferences", multiple=True, metavar="PREF",
-              help='Names ("concise,friendly"), weights ("concise=0.7,friendly=0.3"), a preset or a sentence. '
-                   "Several with --once stand side by side.")
+@click.option(
+    "-p",
+    "--pref",
+    "preferences",
+    multiple=True,
+    metavar="PREF",
+    help='Names ("concise,friendly"), weights ("concise=0.7,friendly=0.3"), a preset or a sentence. '
+    "Several with --once stand side by side.",
+)
 @click.option("-c", "--config", "config_path", type=click.Path(), help="A mope.toml. Without it: the embedded zoo.")
 @click.option("--merge", type=click.Choice(["linear", "geometric", "product"]), help="The merge rule.")
 @click.option("--once", metavar="TEXT", help="Answer this and end. Standard input is read if it is piped.")
@@ -45,6 +52,7 @@ class ChatOptions:
 @click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before this text; may be repeated.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per token.")
 def chat(
+    *,
     preferences: tuple[str, ...],
     config_path: str | None,
     merge: str | None,
@@ -58,11 +66,12 @@ def chat(
     Without --config the embedded zoo is used, built on first use and served by llama.cpp on this machine.
     """
     options = ChatOptions(merge, system, sampling, as_json)
-    question = once if once is not None else None if sys.stdin.isatty() else sys.stdin.read().strip()
+    question = once if once is not None else read_piped_question()
     if question is not None and not question.strip():
         raise ConfigError("the prompt is empty", hint="Pass a question to --once, or pipe one in.")
     if len(preferences) > 1 and (question is None or as_json):
         raise ConfigError("several --pref stand side by side only with --once or piped input, and without --json")
+    check_flags(sampling)
     with open_config(config_path) as config, asyncio.Runner() as runner:
         from mope_bb.session import build_session
 
@@ -78,6 +87,23 @@ def chat(
                 runner.run(answer_once(session, options, question, preferences[0] if preferences else None))
         finally:
             runner.run(session.aclose())
+
+
+def read_piped_question() -> str | None:
+    """All of standard input; None if it is a terminal, where a conversation begins."""
+    if sys.stdin is None or sys.stdin.isatty():
+        return None if sys.stdin else ""
+    try:
+        return sys.stdin.buffer.read().decode("utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"standard input is not UTF-8: {error}", hint="Convert it, for example with iconv.") from None
+
+
+def check_flags(sampling: Mapping[str, Any]) -> None:
+    """Refuse wrong flags before a zoo is built or a server asked."""
+    from mope_bb.pcm.sampling import check_sampling
+
+    check_sampling(SamplingOptions(**sampling))
 
 
 @contextlib.contextmanager
@@ -99,23 +125,41 @@ def start(
 ) -> AnswerStream:
     """Begin an answer with the options of this run."""
     system = [{"role": "system", "content": options.system}] if options.system else []
-    return session.stream([*system, *messages], preference=preference, merge=options.merge, **options.sampling)
+    conversation = [*system, *messages]
+    # Bytes of the command line that are no UTF-8 arrive as lone surrogates.
+    for message in conversation:
+        try:
+            message["content"].encode()
+        except UnicodeEncodeError:
+            raise ConfigError(
+                f"the {message['role']} message is not UTF-8", hint="Check the encoding of your terminal or script."
+            ) from None
+    return session.stream(conversation, preference=preference, merge=options.merge, **options.sampling)
 
 
 async def answer_once(session: Session, options: ChatOptions, question: str, preference: str | None) -> None:
     """Stream one answer to standard output."""
     stream = start(session, options, [{"role": "user", "content": question}], preference)
-    async for token in stream:
-        click.echo(json_line(token) if options.as_json else token.text, nl=options.as_json)
+    await print_stream(stream, as_json=options.as_json)
     if not options.as_json:
-        click.echo()
         click.echo(summary(stream.answer), err=True)
+
+
+async def print_stream(stream: AnswerStream, *, as_json: bool) -> None:
+    """Write the tokens as they come. What follows, an error too, begins on a new line."""
+    try:
+        async for token in stream:
+            click.echo(json_line(token) if as_json else token.text, nl=as_json)
+    finally:
+        if not as_json and stream.text:
+            click.echo()
 
 
 async def compare(session: Session, options: ChatOptions, question: str, preferences: tuple[str, ...]) -> None:
     """The answers for several preferences, drawn at the same time, side by side."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     streams = [start(session, options, [{"role": "user", "content": question}], text) for text in preferences]
 
@@ -130,13 +174,11 @@ async def compare(session: Session, options: ChatOptions, question: str, prefere
     except BaseExceptionGroup as error:
         ours = [inner for inner in error.exceptions if isinstance(inner, MopeError)]
         raise (ours or error.exceptions)[0] from None
-    table = Table(title=question, show_lines=False, expand=True)
+    # What a user or a model wrote is data, hence `Text`: no markup is read in it.
+    table = Table(title=Text(question), expand=True)
     for preference in preferences:
-        table.add_column(preference, ratio=1, overflow="fold")
+        table.add_column(Text(preference), ratio=1, overflow="fold")
     answers = [task.result() for task in tasks]
-    # Text from a model is data: no markup is read in it.
-    from rich.text import Text
-
     table.add_row(*(Text(answer.text) for answer in answers))
     table.add_row(*(Text(summary(answer), style="dim") for answer in answers))
     Console().print(table)
@@ -160,7 +202,7 @@ def json_line(token: Token) -> str:
     )
 
 
-def summary(answer: Answer) -> str:
+def summary(answer: Answer, *, is_stopped: bool = False) -> str:
     """One line about an answer: its length, what the lists could not show, how to get it again."""
     parts = [f"{len(answer.steps)} tokens", answer.merge]
     if answer.missed_mass_mean is not None and answer.missed_mass_max is not None:
@@ -168,8 +210,8 @@ def summary(answer: Answer) -> str:
     elif answer.steps:
         floor = sum(step.floor_mass for step in answer.steps) / len(answer.steps)
         parts.append(f"mass on unlisted values {floor:.3f}")
-    if answer.finish_reason == "length":
+    if is_stopped:
+        parts.append("stopped")
+    elif answer.finish_reason == "length":
         parts.append("cut at the length limit")
     return " · ".join([*parts, f"seed {answer.seed}"])
-
-

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import click
 
-from mope_bb.cli.chat import ChatOptions, start, summary
+from mope_bb.cli.chat import ChatOptions, print_stream, start, summary
 from mope_bb.cli.main import show_error
-from mope_bb.errors import ConfigError, MopeError, PreferenceError
+from mope_bb.errors import ConfigError, ContextLengthError, MopeError
 
 if TYPE_CHECKING:
     from mope_bb.session import AnswerStream, Session
 
 HELP = """\
 /pref PREF    change the preference from here on; without PREF show it
-/merge RULE   change the merge rule (linear, geometric, product)
+/merge RULE   change the merge rule (linear, geometric, product); without RULE show it
 /why          the last answer, coloured by the expert that carried each token
 /new          forget the conversation
 /help         this list
@@ -45,16 +46,16 @@ class Conversation:
         while True:
             try:
                 line = input("> ").strip()
+                if line in ("/quit", "/exit"):
+                    return
+                self._handle(line)
             except EOFError:
                 click.echo()
                 return
             except KeyboardInterrupt:
                 click.echo("\n(Ctrl-D or /quit ends.)", err=True)
-                continue
-            if line in ("/quit", "/exit"):
-                return
-            try:
-                self._handle(line)
+            except UnicodeDecodeError:
+                show_error(ConfigError("the line is not UTF-8", hint="Check the terminal's encoding."), debug=False)
             except MopeError as error:
                 show_error(error, debug=False)
 
@@ -82,14 +83,20 @@ class Conversation:
             return
         messages = [*self._messages, {"role": "user", "content": question}]
         stream = start(self._session, self._options, messages, self._preference)
+        is_stopped = False
         try:
-            self._runner.run(_print_stream(stream))
+            self._runner.run(print_stream(stream, as_json=self._options.as_json))
         except KeyboardInterrupt:
-            click.echo(" (stopped)")
-        # Only now: a question whose answer failed is not part of the history.
-        self._last = stream
-        self._messages = [*messages, {"role": "assistant", "content": stream.text}]
-        click.echo(click.style(summary(stream.answer), dim=True), err=True)
+            is_stopped = True
+        except ContextLengthError as error:
+            if self._messages:
+                error.hint = "The conversation has become too long; /new forgets it."
+            raise
+        # Only now: a question whose answer failed, or was stopped before it began, is not part of the history.
+        if stream.text:
+            self._last = stream
+            self._messages = [*messages, {"role": "assistant", "content": stream.text}]
+        click.echo(click.style(summary(stream.answer, is_stopped=is_stopped), dim=True), err=True)
 
     def _change_preference(self, text: str) -> None:
         if text:
@@ -100,19 +107,13 @@ class Conversation:
         click.echo(f"Preference: {self._preference or 'all dimensions alike'} ({shares}).", err=True)
 
     def _change_merge(self, rule: str) -> None:
-        self._session.plan(self._preference, merge=rule)
-        self._options = ChatOptions(rule, self._options.system, self._options.sampling, self._options.as_json)
-        click.echo(f"Merge rule: {rule}.", err=True)
+        plan = self._session.plan(self._preference, merge=rule or self._options.merge)
+        self._options = replace(self._options, merge=plan.rule.name)
+        click.echo(f"Merge rule: {plan.rule.name}.", err=True)
 
     def _why(self) -> None:
         if self._last is None or not self._last.answer.steps:
-            raise PreferenceError("there is no answer yet", hint="Ask something first.")
+            raise ConfigError("there is no answer yet", hint="Ask something first.")
         from mope_bb.cli.why import print_why
 
         print_why(self._last.answer, self._last.plan)
-
-
-async def _print_stream(stream: AnswerStream) -> None:
-    async for token in stream:
-        click.echo(token.text, nl=False)
-    click.echo()

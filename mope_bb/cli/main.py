@@ -6,10 +6,11 @@ import importlib
 import os
 import sys
 import traceback
+from typing import Any
 
 import click
 
-from mope_bb.errors import MopeError
+from mope_bb.errors import ConfigError, MopeError
 
 COMMANDS = {
     "chat": ("mope_bb.cli.chat", "Ask merged experts, once or in a conversation."),
@@ -29,6 +30,15 @@ class LazyGroup(click.Group):
             return None
         command: click.Command = getattr(importlib.import_module(COMMANDS[cmd_name][0]), cmd_name)
         return command
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            # The reader went away (`mope-bb chat ... | head -1`): not an error, and nothing more can be written.
+            # Caught here because click would end with status 1.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
@@ -55,22 +65,22 @@ def main() -> None:
     debug = "--debug" in sys.argv
     try:
         status = cli.main(standalone_mode=False)
-    except click.ClickException as error:
+    except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         status = error.exit_code
+    except click.ClickException as error:
+        context = error.ctx if isinstance(error, click.UsageError) else None
+        command = context.command_path if context else "mope-bb"
+        status = show_error(ConfigError(error.format_message(), hint=f"See `{command} --help`."), debug=debug)
     except (KeyboardInterrupt, click.Abort):
         status = EXIT_INTERRUPTED
-    except BrokenPipeError:
-        # The reader went away (`mope-bb chat ... | head -1`): not an error, and nothing more can be written.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 0
     except MopeError as error:
         status = show_error(error, debug=debug)
     except Exception as error:  # noqa: BLE001  # the last resort of a command line
         if debug:
             traceback.print_exc()
         click.echo(f"error: {type(error).__name__}: {error}", err=True)
-        click.echo("hint: this is a bug in mope-bb; run with --debug for the traceback.", err=True)
+        click.echo("hint: this is a bug in mope-bb; `mope-bb --debug ...` shows the traceback.", err=True)
         status = 1
     sys.exit(status)
 
@@ -80,6 +90,5 @@ def show_error(error: MopeError, *, debug: bool) -> int:
     if debug:
         traceback.print_exception(error)
     click.echo(f"error: {' '.join(str(error).split())}", err=True)
-    if error.hint:
-        click.echo(f"hint: {error.hint}", err=True)
+    click.echo(f"hint: {error.hint or 'See `mope-bb chat --help`.'}", err=True)
     return error.exit_code

@@ -46,6 +46,9 @@ def print_why(answer: Answer, plan: Plan, console: Console | None = None) -> Non
         table.add_column(heading, justify="left" if heading == "expert" else "right")
     for name, weight in zip(plan.experts, plan.lambdas, strict=True):
         table.add_row(
-            Text(name, style=colour[name]), str(tokens[name]), f"{totals[name] / len(answer.steps):.0%}", f"{weight:.0%}"
+            Text(name, style=colour[name]),
+            str(tokens[name]),
+            f"{totals[name] / len(answer.steps):.0%}",
+            f"{weight:.0%}",
         )
     console.print(table)

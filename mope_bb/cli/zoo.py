@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 import threading
 from pathlib import Path
 
@@ -13,7 +15,6 @@ from mope_bb.errors import ConfigError
 @click.group()
 def zoo() -> None:
     """Build and serve the embedded tiny experts."""
-
 
 
 @zoo.command()
@@ -30,7 +31,9 @@ def build(size: str, seed: int) -> None:
 @zoo.command()
 @click.option("--size", default="tiny", show_default=True, help="tiny, nano or gpu.")
 @click.option("--seed", default=0, show_default=True)
-@click.option("--config", "config_path", type=click.Path(path_type=Path), help="Write a mope.toml for these servers here.")
+@click.option(
+    "--config", "config_path", type=click.Path(path_type=Path), help="Write a mope.toml for these servers here."
+)
 def serve(size: str, seed: int, config_path: Path | None) -> None:
     """Serve base and experts with llama.cpp until Ctrl-C."""
     from mope_bb import zoo as zoo_package
@@ -39,10 +42,14 @@ def serve(size: str, seed: int, config_path: Path | None) -> None:
         for name, url in server.base_urls.items():
             click.echo(f"{name:<12} {url}")
         if config_path is not None:
-            server.write_config(config_path)
+            try:
+                server.write_config(config_path)
+            except OSError as error:
+                raise ConfigError(f"{str(config_path)!r} cannot be written: {error.strerror}") from None
             click.echo(f"Wrote {config_path}; try: mope-bb chat --config {config_path} --pref concise", err=True)
-        click.echo("Serving; Ctrl-C stops.", err=True)
-        threading.Event().wait()
+        with contextlib.suppress(KeyboardInterrupt):
+            click.echo("Serving; Ctrl-C stops.", err=True)
+            threading.Event().wait()
 
 
 @zoo.command(name="list")
@@ -69,7 +76,7 @@ def clear(yes: bool) -> None:
         click.echo("No zoo is built.", err=True)
         return
     if not yes:
-        if not click.get_text_stream("stdin").isatty():
+        if not sys.stdin.isatty():
             raise ConfigError("`zoo clear` needs --yes when nobody can be asked")
         click.confirm(f"Delete {len(found)} zoo(s)?", abort=True)
     clear_zoos()

@@ -90,7 +90,7 @@ def align(distributions: Sequence[TokenDistribution]) -> Candidates:
                 )
     try:
         # Ids or bytes, never both: a mixture is the error below.
-        order: list[Any] = sorted(found)  # type: ignore[type-var]
+        order: list[Any] = sorted(found)
     except TypeError:
         raise AlignmentError("some experts give token ids and others only bytes; they cannot be merged") from None
     column = {key: index for index, key in enumerate(order)}

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from mope_bb.chat_tokenizer import ChatTokenizer, load_chat_tokenizer
 from mope_bb.errors import CheckpointError
+from mope_bb.inference import loading_weights
 from mope_bb.pcm.features import FEATURES
 
 FORMAT: Final = 1
@@ -117,7 +118,8 @@ def _load(path: str, **options: Any) -> Any:
     from transformers import AutoModelForTokenClassification
 
     try:
-        return AutoModelForTokenClassification.from_pretrained(path, dtype=torch.float32, **options)
+        with loading_weights():
+            return AutoModelForTokenClassification.from_pretrained(path, dtype=torch.float32, **options)
     except Exception as error:  # noqa: BLE001  # transformers raises whatever its parsers raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"the PCM backbone {path!r} cannot be loaded: {reason}") from None

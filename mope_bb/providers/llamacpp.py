@@ -39,9 +39,22 @@ from mope_bb.types import Message, Piece, TokenDistribution
 
 CAPABILITIES: Final = Capabilities(max_top_k=None, prefill="ids", byte_exact=True, eos_visible=True, logprob_noise=0.02)
 FORCE_BIAS: Final = 1000.0
-END_TOKENS: Final = tuple(
-    "<|eot_id|> <|im_end|> <|end|> <end_of_turn> <|endoftext|> <|eom_id|> <EOT> </s> <|end_of_text|> <turn|>"
-    " <end_of_utterance> <|return|> <|call|> <eos> <|END_OF_TURN_TOKEN|>".split()
+END_TOKENS: Final = (
+    "<|eot_id|>",
+    "<|im_end|>",
+    "<|end|>",
+    "<end_of_turn>",
+    "<|endoftext|>",
+    "<|eom_id|>",
+    "<EOT>",
+    "</s>",
+    "<|end_of_text|>",
+    "<turn|>",
+    "<end_of_utterance>",
+    "<|return|>",
+    "<|call|>",
+    "<eos>",
+    "<|END_OF_TURN_TOKEN|>",
 )
 """Tokens that end an answer whatever the model's metadata say, as in llama.cpp's own list."""
 

@@ -14,7 +14,7 @@ from mope_bb.cache import DistributionCache
 from mope_bb.chat_tokenizer import ChatTokenizer, load_chat_tokenizer
 from mope_bb.config import ExpertConfig
 from mope_bb.errors import ConfigError, ContextLengthError, ProviderTimeoutError
-from mope_bb.inference import BatchedModel, choose_device
+from mope_bb.inference import BatchedModel, choose_device, loading_weights
 from mope_bb.providers.base import Capabilities, IdExpert, build_distribution
 from mope_bb.types import END, Message, TokenDistribution
 
@@ -109,7 +109,9 @@ def _load_model(path: str, device: torch.device) -> Any:
 
     try:
         # float32 on the CPU, where half precision is slow and inexact; the model's own type on a GPU.
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32 if device.type == "cpu" else "auto")
+        dtype = torch.float32 if device.type == "cpu" else "auto"
+        with loading_weights():
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
     except Exception as error:  # noqa: BLE001  # transformers raises whatever its parsers raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigError(f"the model {path!r} cannot be loaded: {reason}") from None

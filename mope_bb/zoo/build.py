@@ -104,7 +104,7 @@ def is_built(*, size: str = "tiny", seed: int = 0, home: Path | None = None) -> 
     """Whether `build_zoo` would find everything there, every file with its hash."""
     root = _zoos(home) / f"{size}-{seed}-{VERSION}"
     manifest = _read_manifest(root)
-    return all(_is_intact(root, name, manifest, RECIPES[size]) for name in NAMES)
+    return size in RECIPES and all(_is_intact(root, name, manifest, RECIPES[size]) for name in NAMES)
 
 
 def _zoos(home: Path | None) -> Path:

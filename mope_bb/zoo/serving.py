@@ -91,7 +91,8 @@ def serve_zoo(
     """
     chosen = tuple(zoo.names if names is None else names)
     models = [{"name": name, "path": str(zoo.gguf(name))} for name in chosen]
-    descriptor, log = tempfile.mkstemp(prefix="serve-", suffix=".log", dir=zoo.root)
+    folder = zoo.root if os.access(zoo.root, os.W_OK) else None  # else the system's temporary folder
+    descriptor, log = tempfile.mkstemp(prefix="serve-", suffix=".log", dir=folder)
     os.close(descriptor)
     order = {"log": log, "models": models, "n_ctx_per_slot": n_ctx_per_slot, "parallel": parallel}
     child = _spawn()
