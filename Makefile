@@ -10,7 +10,8 @@ export MOPE_BB_TEST_HOME ?= $(CURDIR)/.cache/test-home
 .PHONY: demo test check format wheel clean
 
 demo: $(STAMP)
-	$(BIN)/python examples/demo.py
+	$(BIN)/mope-bb chat --seed 7 --merge product --once "How do I fix a bike?" \
+		--pref concise,technical,grumpy --pref simple,friendly --pref informative,technical,friendly
 
 test: $(STAMP)
 	$(BIN)/python -m pytest

@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -299,13 +299,30 @@ def loading_weights() -> Iterator[None]:
     """Around every `from_pretrained` of a model: one at a time, without progress bars.
 
     Loading in transformers 5 goes through state of the whole process: two threads that load at once leave weights
-    empty. Its bars would run through the answers on a terminal.
+    empty. Its bars and reports would run through the answers on a terminal; `check_loaded` reads the report instead.
     """
     from transformers.utils import logging
 
     with _LOADING:
-        logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers is partly typed
-        yield
+        logging.disable_progress_bar()
+        before = logging.get_verbosity()
+        logging.set_verbosity_error()
+        try:
+            yield
+        finally:
+            logging.set_verbosity(before)
+
+
+def check_loaded(report: Mapping[str, Any], path: str, *, new: Collection[str] = ()) -> None:
+    """Raise ConfigError if `from_pretrained(output_loading_info=True)` left weights random, but for the `new` ones."""
+    missing = sorted(key for key in report["missing_keys"] if not key.startswith(tuple(new)))
+    broken = sorted(str(key) for key in report["mismatched_keys"])
+    if missing or broken:
+        raise ConfigError(
+            f"the checkpoint {path!r} does not fill the model: {len(missing)} weights are missing, {len(broken)} have "
+            f"another shape, the first is {(missing or broken)[0]!r}",
+            hint="Is it the folder of a whole model, not of an adapter?",
+        )
 
 
 def choose_device(name: str) -> torch.device:

@@ -19,10 +19,12 @@ from torch import Tensor, nn
 
 from mope_bb.chat_tokenizer import ChatTokenizer, load_chat_tokenizer
 from mope_bb.errors import CheckpointError
-from mope_bb.inference import loading_weights
+from mope_bb.inference import check_loaded, loading_weights
 from mope_bb.pcm.features import FEATURES
 
 FORMAT: Final = 1
+HEADS: Final = ("score", "classifier")
+"""What transformers calls the last layer of a token classifier."""
 PROMPT_LAYOUT: Final = "chat-1"
 """The preference's text is the system message, the conversation's own system message follows it."""
 
@@ -65,7 +67,8 @@ class PreferenceControlModel:
 def build_pcm(backbone: str, experts: Sequence[str], *, device: torch.device | None = None) -> PreferenceControlModel:
     """An untrained PCM on the body of `backbone` (a folder or hub name). Raises CheckpointError."""
     labels = dict(enumerate(experts))
-    model = _load(backbone, num_labels=len(experts), id2label=labels, label2id={v: k for k, v in labels.items()})
+    names = {"id2label": labels, "label2id": {name: row for row, name in labels.items()}}
+    model = _load(backbone, is_new=True, num_labels=len(experts), **names)
     head = _head(model, len(experts), backbone)
     nn.init.zeros_(head.weight)
     if head.bias is not None:
@@ -114,19 +117,23 @@ def _assemble(
     )
 
 
-def _load(path: str, **options: Any) -> Any:
+def _load(path: str, *, is_new: bool = False, **options: Any) -> Any:
     from transformers import AutoModelForTokenClassification
+
+    options |= {"dtype": torch.float32, "output_loading_info": True}
 
     try:
         with loading_weights():
-            return AutoModelForTokenClassification.from_pretrained(path, dtype=torch.float32, **options)
+            model, report = AutoModelForTokenClassification.from_pretrained(path, **options)
     except Exception as error:  # noqa: BLE001  # transformers raises whatever its parsers raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"the PCM backbone {path!r} cannot be loaded: {reason}") from None
+    check_loaded(report, path, new=HEADS if is_new else ())
+    return model
 
 
 def _head(model: Any, num_experts: int, source: str) -> nn.Linear:
-    for name in ("score", "classifier"):
+    for name in HEADS:
         head = getattr(model, name, None)
         if isinstance(head, nn.Linear) and head.out_features == num_experts:
             return head

@@ -14,7 +14,7 @@ from mope_bb.cache import DistributionCache
 from mope_bb.chat_tokenizer import ChatTokenizer, load_chat_tokenizer
 from mope_bb.config import ExpertConfig
 from mope_bb.errors import ConfigError, ContextLengthError, ProviderTimeoutError
-from mope_bb.inference import BatchedModel, choose_device, loading_weights
+from mope_bb.inference import BatchedModel, check_loaded, choose_device, loading_weights
 from mope_bb.providers.base import Capabilities, IdExpert, build_distribution
 from mope_bb.types import END, Message, TokenDistribution
 
@@ -111,10 +111,11 @@ def _load_model(path: str, device: torch.device) -> Any:
         # float32 on the CPU, where half precision is slow and inexact; the model's own type on a GPU.
         dtype = torch.float32 if device.type == "cpu" else "auto"
         with loading_weights():
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+            model, report = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
     except Exception as error:  # noqa: BLE001  # transformers raises whatever its parsers raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigError(f"the model {path!r} cannot be loaded: {reason}") from None
+    check_loaded(report, path)
     return model.to(device)
 
 

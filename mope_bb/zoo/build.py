@@ -4,6 +4,7 @@
         manifest.json        what was built, how, and the sha256 of every file
         base/ simple/ ...    Hugging Face folders
         base.gguf ...        the same models for llama.cpp
+        pcm/                 an untrained Preference Control Model on the base's body
 
 A model is written to a temporary folder and renamed when it is complete, then the manifest is replaced. What is missing
 or does not have its hash is built again. Torch is imported only when something must be trained.
@@ -32,6 +33,7 @@ from mope_bb.zoo.wording import DIMENSIONS
 VERSION = "v1"
 """Of language and training; raised when a zoo built before is no longer what this code would build."""
 NAMES = ("base", *DIMENSIONS)
+PCM = "pcm"
 Progress = Callable[[str, float], None]
 """Told the model's name and the share of it that is done."""
 
@@ -55,6 +57,11 @@ class Zoo:
     def gguf(self, name: str) -> Path:
         """The GGUF file of a model."""
         return self.root / f"{self._known(name)}.gguf"
+
+    @property
+    def pcm(self) -> Path:
+        """The folder of the untrained PCM."""
+        return self.root / PCM
 
     def sha256(self, name: str) -> str:
         """The hash of a model's GGUF file."""
@@ -104,7 +111,9 @@ def is_built(*, size: str = "tiny", seed: int = 0, home: Path | None = None) -> 
     """Whether `build_zoo` would find everything there, every file with its hash."""
     root = _zoos(home) / f"{size}-{seed}-{VERSION}"
     manifest = _read_manifest(root)
-    return size in RECIPES and all(_is_intact(root, name, manifest, RECIPES[size]) for name in NAMES)
+    return size in RECIPES and all(
+        [*(_is_intact(root, name, manifest, RECIPES[size]) for name in NAMES), _is_pcm_intact(root, manifest)]
+    )
 
 
 def _zoos(home: Path | None) -> Path:
@@ -119,6 +128,9 @@ def _build(root: Path, size: str, seed: int, progress: Progress) -> Zoo:
             manifest["models"][name] = _build_model(root, name, manifest, progress)
             _write_manifest(root, manifest)
         progress(name, 1.0)
+    if not _is_pcm_intact(root, manifest):
+        manifest["pcm"] = _build_pcm(root, manifest)
+        _write_manifest(root, manifest)
     return _zoo(root, manifest)
 
 
@@ -166,6 +178,28 @@ def _build_model(root: Path, name: str, manifest: dict[str, Any], progress: Prog
         "made_from": _base_hash(manifest) if pole else None,
         "files": {path: _sha256(root / path) for path in _files(root, name)},
     }
+
+
+def _build_pcm(root: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    """Write an untrained PCM on the base's body, which knows where sentences end, and return its manifest entry."""
+    from mope_bb.pcm.model import build_pcm
+
+    temporary = root / ".pcm.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    with _no_progress_bars():
+        build_pcm(str(root / "base"), tuple(DIMENSIONS)).save(temporary)
+    shutil.rmtree(root / PCM, ignore_errors=True)
+    temporary.replace(root / PCM)
+    files = {path.relative_to(root).as_posix(): _sha256(path) for path in sorted((root / PCM).iterdir())}
+    return {"made_from": _base_hash(manifest), "files": files}
+
+
+def _is_pcm_intact(root: Path, manifest: dict[str, Any]) -> bool:
+    entry = manifest.get("pcm")
+    if entry is None or entry["made_from"] != _base_hash(manifest):
+        return False
+    return all((root / path).is_file() and _sha256(root / path) == known for path, known in entry["files"].items())
 
 
 def _move_in(temporary: Path, root: Path, name: str) -> None:

@@ -55,6 +55,7 @@ class ZooServer:
         return {
             "experts": [self._expert(name) for name in self.base_urls],
             "dimensions": {name: {"text": style_sentences(name)[0]} for name in served},
+            "pcm": {"path": str(self.zoo.pcm), "device": "cpu"},
             "cache": {"enabled": False},
             "presets": {name: dict(weights) for name, weights in PRESETS.items() if set(weights) <= set(served)},
         }

@@ -1,0 +1,32 @@
+"""Shared by all tests: the zoo on which the real engines speak, built once and kept in MOPE_BB_TEST_HOME."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mope_bb.zoo.build import Zoo, build_zoo
+from mope_bb.zoo.serving import ZooServer, serve_zoo
+
+
+@pytest.fixture(scope="session")
+def zoo_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the session's zoos are built."""
+    chosen = os.environ.get("MOPE_BB_TEST_HOME")
+    return Path(chosen) if chosen else tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="session")
+def nano(zoo_home: Path) -> Zoo:
+    """A quickly trained zoo: real models that speak badly."""
+    return build_zoo(size="nano", home=zoo_home)
+
+
+@pytest.fixture(scope="session")
+def nano_experts(nano: Zoo) -> Iterator[ZooServer]:
+    """All of the nano zoo behind the real llama.cpp server."""
+    with serve_zoo(nano) as server:
+        yield server

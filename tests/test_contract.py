@@ -1,0 +1,179 @@
+"""What every adapter must keep: one suite, all adapters, real engines."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+import pytest
+
+from mope_bb.config import parse_config
+from mope_bb.errors import ContextLengthError, RequestError
+from mope_bb.providers.base import Expert
+from mope_bb.providers.registry import PROVIDERS, open_expert
+from mope_bb.types import END, Context, Message
+from mope_bb.zoo.serving import ZooServer
+
+T = TypeVar("T")
+QUESTION = Context((Message("user", "How do I fix a bike?"),))
+SCRIPT = [{"Use": 0.5, "Try": 0.25, "Just": 0.125, "<end>": 0.0625}, {" it": 0.7, " é": 0.2}]
+
+
+@pytest.fixture(params=sorted(PROVIDERS))
+def provider(request: pytest.FixtureRequest) -> str:
+    """Every adapter that can be configured: a new one joins the suite by being registered."""
+    return str(request.param)
+
+
+@pytest.fixture
+def ask(provider: str, nano_experts: ZooServer) -> Callable[[Callable[[Expert], Awaitable[T]]], T]:
+    """Open an expert of this adapter, run something with it, close it."""
+    tables = {
+        "llamacpp": {"base_url": nano_experts.base_urls["concise"]},
+        "local": {"model": str(nano_experts.zoo.folder("concise")), "device": "cpu"},
+        "scripted": {"script": SCRIPT},
+    }
+    config = parse_config({"experts": [{"name": "e", "provider": provider, **tables[provider]}]}).experts[0]
+
+    def run(use: Callable[[Expert], Awaitable[T]]) -> T:
+        async def main() -> T:
+            expert = open_expert(config, None)
+            try:
+                return await use(expert)
+            finally:
+                await expert.aclose()
+
+        return asyncio.run(main())
+
+    return run
+
+
+Ask = Callable[[Callable[[Expert], Awaitable[object]]], object]
+
+
+def test_list_is_a_distribution(ask: Ask) -> None:
+    """At most k different pieces, descending logprobs at or below 0, mass at most 1."""
+
+    async def use(expert: Expert) -> None:
+        for top_k in (1, 3, 50):
+            found = await expert.next_tokens(QUESTION, top_k=top_k)
+            assert 1 <= len(found.pieces) <= top_k
+            assert len(set(found.pieces)) == len(found.pieces)
+            assert list(found.logprobs) == sorted(found.logprobs, reverse=True)
+            assert all(-math.inf < value <= 0 for value in found.logprobs)
+            assert 0 <= found.tail_mass <= 1
+
+    ask(use)
+
+
+def test_shorter_list_is_the_head_of_a_longer_one(ask: Ask) -> None:
+    """k changes how much is seen, not what is said."""
+
+    async def use(expert: Expert) -> None:
+        short = await expert.next_tokens(QUESTION, top_k=3)
+        longer = await expert.next_tokens(QUESTION, top_k=40)
+        known = dict(zip(longer.pieces, longer.logprobs, strict=True))
+        for piece, logprob in zip(short.pieces, short.logprobs, strict=True):
+            assert known[piece] == pytest.approx(logprob, abs=max(1e-6, expert.capabilities.logprob_noise))
+
+    ask(use)
+
+
+def test_answers_grow_by_pieces(ask: Ask) -> None:
+    """The most probable pieces lead to END or on; every piece goes back in as it came out."""
+
+    async def use(expert: Expert) -> None:
+        context = QUESTION
+        for _ in range(30):
+            best = (await expert.next_tokens(context, top_k=5)).pieces[0]
+            if best == END:
+                break
+            context = context.extended(best)
+        text = b"".join(piece.data for piece in context.response)
+        assert text.decode(errors="replace").strip()
+
+    ask(use)
+
+
+def test_end_is_on_a_full_list(ask: Ask) -> None:
+    """The end of the answer is a piece like any other."""
+
+    async def use(expert: Expert) -> None:
+        assert END in (await expert.next_tokens(QUESTION, top_k=5000)).pieces
+
+    ask(use)
+
+
+def test_many_questions_at_once_equal_one_by_one(ask: Ask) -> None:
+    """Concurrency never mixes up answers."""
+
+    async def use(expert: Expert) -> None:
+        start = (await expert.next_tokens(QUESTION, top_k=4)).pieces
+        contexts = [QUESTION, *(QUESTION.extended(piece) for piece in start if piece != END)] * 5
+        together = await asyncio.gather(*(expert.next_tokens(context, top_k=10) for context in contexts))
+        for context, found in zip(contexts, together, strict=True):
+            alone = await expert.next_tokens(context, top_k=10)
+            noise = max(1e-5, expert.capabilities.logprob_noise)
+            assert found.logprobs == pytest.approx(alone.logprobs, abs=noise)
+
+    ask(use)
+
+
+def test_fingerprint_is_stable(ask: Ask) -> None:
+    """Asked twice, the tokenizer is the same."""
+
+    async def use(expert: Expert) -> None:
+        assert await expert.fingerprint() == await expert.fingerprint()
+
+    ask(use)
+
+
+def test_too_long_a_context_is_its_own_error(ask: Ask, provider: str) -> None:
+    """An endless prompt is refused with both numbers, never cut."""
+    if provider == "scripted":
+        pytest.skip("a script has no context length")
+
+    async def use(expert: Expert) -> None:
+        with pytest.raises(ContextLengthError, match=r"\d{4}"):
+            await expert.next_tokens(Context((Message("user", "bike " * 3000),)), top_k=5)
+
+    ask(use)
+
+
+def test_control_tokens_in_a_message_are_refused(ask: Ask, provider: str) -> None:
+    """What a user types never becomes a control token."""
+    if provider == "scripted":
+        pytest.skip("a script has no control tokens")
+
+    async def use(expert: Expert) -> None:
+        with pytest.raises(RequestError, match=r"<\|end\|>"):
+            await expert.next_tokens(Context((Message("user", "hi <|end|> there"),)), top_k=5)
+
+    ask(use)
+
+
+def test_all_bytes_of_accents_and_emoji_are_kept(nano_experts: ZooServer) -> None:
+    """llama.cpp and the local model agree on the bytes of the whole vocabulary, partial characters included."""
+    url, folder = nano_experts.base_urls["friendly"], str(nano_experts.zoo.folder("friendly"))
+    config = parse_config(
+        {
+            "experts": [
+                {"name": "remote", "provider": "llamacpp", "base_url": url},
+                {"name": "here", "provider": "local", "model": folder},
+            ]
+        }
+    )
+
+    async def main() -> tuple[set[object], set[object], set[str]]:
+        experts = [open_expert(expert, None) for expert in config.experts]
+        lists = [await expert.next_tokens(QUESTION, top_k=100_000) for expert in experts]
+        fingerprints = {await expert.fingerprint() for expert in experts}
+        for expert in experts:
+            await expert.aclose()
+        return set(lists[0].pieces), set(lists[1].pieces), fingerprints
+
+    remote, here, fingerprints = asyncio.run(main())
+    assert remote == here
+    assert len(fingerprints) == 1

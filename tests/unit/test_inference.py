@@ -1,0 +1,374 @@
+"""The batched runner against the plain forward of tiny random models: same rows, fewer forwards, clean ends."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    BertConfig,
+    BertForTokenClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForTokenClassification,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from mope_bb import inference
+from mope_bb.errors import ConfigError
+from mope_bb.inference import SHORT_STEP, BatchedModel, choose_device
+
+VOCAB = 97
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.2,
+}
+
+
+def seeded(build: Callable[[], Any]) -> Any:
+    """A model with weights that are the same each time."""
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        return build().eval()
+
+
+def llama() -> Any:
+    """Full attention, grouped heads."""
+    return seeded(lambda: LlamaForCausalLM(LlamaConfig(**SIZES)))
+
+
+def mistral() -> Any:
+    """Every layer sees the last 6 positions only."""
+    return seeded(lambda: MistralForCausalLM(MistralConfig(**SIZES, sliding_window=6)))
+
+
+def qwen() -> Any:
+    """Biases in attention; full attention."""
+    return seeded(lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES)))
+
+
+def qwen_mixed() -> Any:
+    """One layer of full attention, one that sees the last 5 positions only."""
+    config = Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=5, max_window_layers=1)
+    assert config.layer_types == ["full_attention", "sliding_attention"]
+    return seeded(lambda: Qwen2ForCausalLM(config))
+
+
+every_model = pytest.mark.parametrize("build", [llama, mistral, qwen, qwen_mixed])
+
+
+@torch.inference_mode()
+def plain(model: Any, ids: Sequence[int]) -> Tensor:
+    """The last row of the model's own forward, without any cache."""
+    found: Tensor = model(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0, -1].float()
+    return found
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., BatchedModel]]:
+    """Builds runners and closes them at the end."""
+    opened: list[BatchedModel] = []
+
+    def build(model: Any, **options: Any) -> BatchedModel:
+        opened.append(BatchedModel(model, name="tiny", **options))
+        return opened[-1]
+
+    yield build
+    for runner in opened:
+        runner.close()
+
+
+def together(runner: BatchedModel, requests: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Ask for all rows at once."""
+
+    async def run() -> list[Tensor]:
+        return await asyncio.gather(*(runner.last_row(ids) for ids in requests))
+
+    return asyncio.run(run())
+
+
+def check(model: Any, requests: Sequence[Sequence[int]], rows: Sequence[Tensor]) -> None:
+    """Every row is that of the plain forward."""
+    for ids, row in zip(requests, rows, strict=True):
+        torch.testing.assert_close(row, plain(model, ids), rtol=1e-4, atol=1e-4)
+
+
+class Held:
+    """Stops the worker before its next batch until all requests wait, so that batches do not depend on timing."""
+
+    def __init__(self, runner: BatchedModel) -> None:
+        self._runner = runner
+        self._gate, self._reached = threading.Event(), threading.Event()
+
+    async def ask(self, requests: Sequence[Sequence[int]]) -> list[asyncio.Future[Tensor]]:
+        """Queue a first request whose forward waits at the gate, then all `requests`."""
+        runner, forward = self._runner, self._runner._forward
+
+        def held(group: Any) -> None:
+            runner._forward = forward  # type: ignore[method-assign]
+            self._reached.set()
+            assert self._gate.wait(30)
+            forward(group)
+
+        runner._forward = held  # type: ignore[method-assign]
+        blocker = asyncio.ensure_future(runner.last_row([1]))
+        await asyncio.to_thread(self._reached.wait, 30)
+        asked = [asyncio.ensure_future(runner.last_row(ids)) for ids in requests]
+        while runner._queue.qsize() < len(requests):
+            await asyncio.sleep(0)
+        return [blocker, *asked]
+
+    def release(self) -> None:
+        """Let the worker go on."""
+        self._gate.set()
+
+
+@every_model
+@pytest.mark.parametrize("seed", range(3))
+def test_interleaved_answers(build: Callable[[], Any], start: Callable[..., BatchedModel], seed: int) -> None:
+    """Answers of different lengths, growing by one or a few ids in random turns, with branches: every row is right."""
+    model, generator = build(), random.Random(seed)
+    runner = start(model, num_slots=4)
+    answers = [[generator.randrange(VOCAB) for _ in range(generator.randint(1, 30))] for _ in range(4)]
+    for _ in range(25):
+        chosen = generator.sample(range(4), generator.randint(1, 4))
+        for index in chosen:
+            if generator.random() < 0.2:
+                other = generator.choice(answers)
+                answers[index] = other[: generator.randint(1, len(other))]
+            answers[index] = answers[index] + [
+                generator.randrange(VOCAB) for _ in range(generator.choice((1, 1, 1, 3, 12)))
+            ]
+        requests = [answers[index] for index in chosen]
+        check(model, requests, together(runner, requests))
+
+
+@every_model
+def test_more_answers_than_slots(build: Callable[[], Any], start: Callable[..., BatchedModel]) -> None:
+    """Nine answers share three slots: slower, never wrong."""
+    model, generator = build(), random.Random(5)
+    runner = start(model, num_slots=3)
+    answers = [[n, *(generator.randrange(VOCAB) for _ in range(n))] for n in range(1, 10)]
+    for _ in range(5):
+        check(model, answers, together(runner, answers))
+        answers = [[*answer, generator.randrange(VOCAB)] for answer in answers]
+
+
+@every_model
+def test_capacity_grows(build: Callable[[], Any], start: Callable[..., BatchedModel]) -> None:
+    """An answer far beyond the first capacity keeps what was computed before, and so do its neighbours."""
+    model, generator = build(), random.Random(6)
+    runner = start(model, num_slots=2)
+    long, short = [generator.randrange(VOCAB) for _ in range(100)], [3, 1, 4]
+    check(model, [long, short], together(runner, [long, short]))
+    long += [generator.randrange(VOCAB) for _ in range(200)]
+    assert len(long) > 2 * inference.MIN_CAPACITY
+    before = runner.num_ids_computed
+    check(model, [long, [*short, 1]], together(runner, [long, [*short, 1]]))
+    assert runner.num_ids_computed - before == 201
+
+
+@every_model
+def test_the_same_sequence_again_and_a_shorter_one(
+    build: Callable[[], Any], start: Callable[..., BatchedModel]
+) -> None:
+    """Asking twice, twice at once, and for a beginning gives the right rows each time."""
+    model = build()
+    runner = start(model, num_slots=3)
+    ids = list(range(1, 20))
+    requests = [ids, ids, ids[:7], ids[:1], [*ids, 5], ids]
+    for _ in range(2):
+        check(model, requests, together(runner, requests))
+        for request in requests:
+            check(model, [request], together(runner, [request]))
+
+
+def test_only_new_ids_are_computed(start: Callable[..., BatchedModel]) -> None:
+    """An answer that grows by one id costs one id; a branch costs what is after the fork."""
+    model = llama()
+    runner = start(model, num_slots=4)
+    ids = list(range(1, 41))
+    together(runner, [ids])
+    counted = runner.num_ids_computed
+    assert counted == 40
+    together(runner, [[*ids, 7]])
+    assert runner.num_ids_computed == counted + 1
+    branch = [*ids[:30], 90, 91]
+    check(model, [branch], together(runner, [branch]))
+    assert runner.num_ids_computed == counted + 1 + 2
+    # The branch left the first answer as it was.
+    check(model, [[*ids, 7, 8]], together(runner, [[*ids, 7, 8]]))
+    assert runner.num_ids_computed == counted + 1 + 2 + 1
+
+
+def test_requests_that_wait_travel_together(start: Callable[..., BatchedModel]) -> None:
+    """Eight short requests that wait when the worker becomes free cost one forward; alone they cost eight."""
+    model = llama()
+    runner = start(model, num_slots=16)
+    requests = [[n, n + 1, n + 2] for n in range(10, 90, 10)]
+
+    async def run() -> list[Tensor]:
+        held = Held(runner)
+        asked = await held.ask(requests)
+        before = runner.num_forwards
+        held.release()
+        _, *rows = await asyncio.gather(*asked)
+        assert runner.num_forwards - before == 2  # the held one, and one for all eight
+        return rows
+
+    check(model, requests, asyncio.run(run()))
+    before = runner.num_forwards
+    for n in range(10, 90, 10):
+        together(runner, [[n, n + 1, n + 2, 5]])
+    assert runner.num_forwards - before == len(requests)
+
+
+def test_mixed_lengths_travel_together(start: Callable[..., BatchedModel]) -> None:
+    """Short steps of different widths share one padded forward; a long prompt runs alone; all rows are right."""
+    model = mistral()
+    runner = start(model, num_slots=8)
+    requests = [[5], [6, 7], list(range(8, 8 + SHORT_STEP)), list(range(20, 60)), [9, 9, 9]]
+
+    async def run() -> list[Tensor]:
+        held = Held(runner)
+        asked = await held.ask(requests)
+        before = runner.num_forwards
+        held.release()
+        _, *rows = await asyncio.gather(*asked)
+        assert runner.num_forwards - before == 3
+        return rows
+
+    check(model, requests, asyncio.run(run()))
+
+
+def test_a_cancelled_request_does_not_disturb_others(start: Callable[..., BatchedModel]) -> None:
+    """Requests that are cancelled while they wait are dropped, and the others of the batch are right."""
+    model = llama()
+    runner = start(model, num_slots=4)
+    requests = [[n, 2, 3] for n in range(20, 26)]
+
+    async def run() -> tuple[list[Tensor], int]:
+        held = Held(runner)
+        blocker, *asked = await held.ask(requests)
+        before = runner.num_ids_computed
+        for task in asked[::2]:
+            task.cancel()
+        for _ in range(3):  # a cancellation needs a turn of the loop to reach the worker's future
+            await asyncio.sleep(0)
+        held.release()
+        outcomes = await asyncio.gather(*asked, return_exceptions=True)
+        await blocker
+        assert all(isinstance(outcome, asyncio.CancelledError) for outcome in outcomes[::2])
+        rows = [outcome for outcome in outcomes[1::2] if isinstance(outcome, Tensor)]
+        return rows, runner.num_ids_computed - before
+
+    rows, num_computed = asyncio.run(run())
+    check(model, requests[1::2], rows)
+    assert num_computed == 1 + 3 * 3  # the blocker, and nothing for those who left
+    check(model, requests, together(runner, requests))
+
+
+def test_a_failure_reaches_those_who_wait_and_no_one_else(start: Callable[..., BatchedModel]) -> None:
+    """An id outside the vocabulary fails its request; afterwards the runner works, with nothing left of the failure."""
+    model = llama()
+    runner = start(model, num_slots=4)
+    good = [1, 2, 3]
+    together(runner, [good])
+    with pytest.raises(IndexError):
+        together(runner, [[1, 2, VOCAB + 5]])
+    check(model, [[*good, 4]], together(runner, [[*good, 4]]))
+
+
+def test_close_ends_the_thread_and_refuses_more(start: Callable[..., BatchedModel]) -> None:
+    """After `close` the worker thread has ended, closing again is harmless, and a request is refused."""
+    runner = start(llama())
+    together(runner, [[1, 2]])
+    runner.close()
+    assert not runner._thread.is_alive()
+    runner.close()
+    with pytest.raises(RuntimeError, match="'tiny' is closed"):
+        together(runner, [[1, 2]])
+
+
+def test_close_cancels_or_answers_everyone_who_waits(start: Callable[..., BatchedModel]) -> None:
+    """Nobody waits for ever: each request that was queued before `close` gets a row or is cancelled."""
+    model = llama()
+    runner = start(model, num_slots=2)
+
+    async def run() -> list[Any]:
+        held = Held(runner)
+        asked = await held.ask([[n, 2] for n in range(30, 38)])
+        closing = asyncio.create_task(asyncio.to_thread(runner.close))
+        while not runner._closed:
+            await asyncio.sleep(0)
+        held.release()
+        async with asyncio.timeout(20):
+            await closing
+            return list(await asyncio.gather(*asked, return_exceptions=True))
+
+    outcomes = asyncio.run(run())
+    assert len(outcomes) == 9
+    assert all(isinstance(outcome, Tensor | asyncio.CancelledError) for outcome in outcomes)
+
+
+def test_no_ids_are_refused(start: Callable[..., BatchedModel]) -> None:
+    """There is no row after nothing."""
+    with pytest.raises(ValueError, match="at least one id"):
+        together(start(llama()), [[]])
+
+
+def test_an_encoder_is_refused() -> None:
+    """A bidirectional model cannot share a KV cache; the error says which model, and what works."""
+    sizes = {key: value for key, value in SIZES.items() if key != "num_key_value_heads"}
+    model = seeded(lambda: BertForTokenClassification(BertConfig(**sizes, num_labels=3)))
+    with pytest.raises(ConfigError, match="'tiny' .BertForTokenClassification. cannot run") as caught:
+        BatchedModel(model, name="tiny", is_lm=False)
+    assert "Decoder-only" in str(caught.value.hint)
+
+
+def test_a_token_classifier_on_a_decoder(start: Callable[..., BatchedModel]) -> None:
+    """The PCM's kind of model gives its labels' row, as the plain forward does."""
+    model = seeded(lambda: LlamaForTokenClassification(LlamaConfig(**SIZES, num_labels=3)))
+    runner = start(model, is_lm=False)
+    requests = [[1, 2, 3], list(range(20)), [4]]
+    rows = together(runner, requests)
+    assert all(row.shape == (3,) for row in rows)
+    check(model, requests, rows)
+
+
+def test_rows_belong_to_the_caller(start: Callable[..., BatchedModel]) -> None:
+    """A row is a float32 copy: changing it changes nothing in the runner."""
+    model = llama()
+    runner = start(model)
+    (row,) = together(runner, [[1, 2, 3]])
+    assert (row.dtype, row.device.type) == (torch.float32, "cpu")
+    row.zero_()
+    check(model, [[1, 2, 3]], together(runner, [[1, 2, 3]]))
+
+
+def test_max_length(start: Callable[..., BatchedModel]) -> None:
+    """The runner tells how many ids the model can read."""
+    assert start(llama()).max_length == 512
+
+
+def test_unknown_device_is_refused() -> None:
+    """A device that this machine has not is an error of the configuration."""
+    assert choose_device("cpu") == torch.device("cpu")
+    for name in ("cuda:99", "gpu"):
+        with pytest.raises(ConfigError, match=name):
+            choose_device(name)
