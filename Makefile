@@ -38,3 +38,8 @@ $(STAMP): pyproject.toml constraints.txt
 
 clean:
 	rm -rf $(VENV) .cache dist build .mypy_cache .ruff_cache .pytest_cache
+
+# Minutes to hours: what docs/evidence.md rests on. Results go to evidence/.
+.PHONY: evidence
+evidence: $(STAMP)
+	$(BIN)/python -m tests.evidence

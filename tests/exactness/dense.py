@@ -59,7 +59,9 @@ def merge_dense(rule: str, lists: Mapping[str, Array], lambdas: Mapping[str, flo
         score = np.sum([lambdas[name] * lists[name] for name in names], axis=0)
     else:
         assert base is not None
-        score = lists[base] + np.sum([len(names) * lambdas[name] * (lists[name] - lists[base]) for name in names], axis=0)
+        score = lists[base] + np.sum(
+            [len(names) * lambdas[name] * (lists[name] - lists[base]) for name in names], axis=0
+        )
     weights: Array = np.exp(score - score.max())
     return weights / math.fsum(weights)
 

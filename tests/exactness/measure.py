@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -94,7 +94,7 @@ class Measurement:
         self._noisy_engine = noisy_engine
         self.result = Exactness()
 
-    async def run(self, num_steps: int) -> Exactness:
+    async def run(self, num_steps: int, *, progress: Callable[[str], None] | None = None) -> Exactness:
         """Measure at least `num_steps` steps."""
         try:
             answer = 0
@@ -103,6 +103,8 @@ class Measurement:
                 lambdas = PREFERENCES[answer % len(PREFERENCES)]
                 await self._walk(question, lambdas, seed=answer)
                 answer += 1
+                if progress is not None and answer % 10 == 0:
+                    progress(f"  {self.result.num_steps} of {num_steps} steps")
         finally:
             for pool in self._pools.values():
                 await pool.aclose()
@@ -122,7 +124,9 @@ class Measurement:
         for position in range(len(response) + 1):
             here = Context(context.messages, tuple(response[:position]))
             rows = {name: values[position] for name, values in dense.items()}
-            told = await asyncio.gather(*(pool.ask(("base", *lambdas), here) for pool in self._pools.values()))
+            # Only the product needs the base, and it is judged on full lists.
+            asked = {k: (("base",) if k == self._vocab_size else ()) + tuple(lambdas) for k in self._pools}
+            told = await asyncio.gather(*(pool.ask(asked[k], here) for k, pool in self._pools.items()))
             by_k = dict(zip(self._pools, told, strict=True))
             self._compare_full(by_k[self._vocab_size], rows, lambdas)
             self._compare_truncated(by_k, rows, lambdas)
@@ -135,7 +139,7 @@ class Measurement:
 
     def _merged(self, rule: str, told: Sequence[TokenDistribution], lambdas: dict[str, float]) -> tuple[Array, float]:
         plan = self._plan(rule, lambdas)
-        asked = told if plan.rule.needs_base else told[1:]
+        asked = told if plan.rule.needs_base else told[-len(lambdas) :]
         merged = merge_step(plan, asked, torch.zeros(len(lambdas)), torch.zeros(len(FEATURES)))
         dense = np.zeros(self._vocab_size)
         for piece, value in zip(merged.candidates.pieces, merged.log_pi.exp().tolist(), strict=True):
@@ -159,8 +163,7 @@ class Measurement:
         if self._noisy_engine:
             # llama.cpp's numbers differ from transformers' by up to 0.02: the truth about truncation is its own full list.
             rows = {
-                name: self._whole(told)
-                for name, told in zip(("base", *lambdas), by_k[self._vocab_size], strict=True)
+                name: self._whole(told) for name, told in zip(("base", *lambdas), by_k[self._vocab_size], strict=True)
             }
         truth = merge_dense("linear", rows, lambdas, None)
         for k in (5, 20):

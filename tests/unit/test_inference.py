@@ -129,8 +129,8 @@ class Held:
         blocker = asyncio.ensure_future(runner.last_row([1]))
         await asyncio.to_thread(self._reached.wait, 30)
         asked = [asyncio.ensure_future(runner.last_row(ids)) for ids in requests]
-        while runner._queue.qsize() < len(requests):
-            await asyncio.sleep(0)
+        await asyncio.sleep(0)  # one turn of the loop: each task runs up to where it waits for its row
+        assert runner._queue.qsize() == len(requests)
         return [blocker, *asked]
 
     def release(self) -> None:
@@ -305,7 +305,9 @@ def test_close_ends_the_thread_and_refuses_more(start: Callable[..., BatchedMode
         together(runner, [[1, 2]])
 
 
-def test_close_cancels_or_answers_everyone_who_waits(start: Callable[..., BatchedModel]) -> None:
+def test_close_cancels_or_answers_everyone_who_waits(
+    start: Callable[..., BatchedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Nobody waits for ever: each request that was queued before `close` gets a row or is cancelled."""
     model = llama()
     runner = start(model, num_slots=2)
@@ -313,9 +315,15 @@ def test_close_cancels_or_answers_everyone_who_waits(start: Callable[..., Batche
     async def run() -> list[Any]:
         held = Held(runner)
         asked = await held.ask([[n, 2] for n in range(30, 38)])
+        joining, join = threading.Event(), runner._thread.join
+
+        def join_and_tell() -> None:
+            joining.set()
+            join()
+
+        monkeypatch.setattr(runner._thread, "join", join_and_tell)
         closing = asyncio.create_task(asyncio.to_thread(runner.close))
-        while not runner._closed:
-            await asyncio.sleep(0)
+        await asyncio.to_thread(joining.wait, 30)
         held.release()
         async with asyncio.timeout(20):
             await closing
@@ -336,7 +344,7 @@ def test_an_encoder_is_refused() -> None:
     """A bidirectional model cannot share a KV cache; the error says which model, and what works."""
     sizes = {key: value for key, value in SIZES.items() if key != "num_key_value_heads"}
     model = seeded(lambda: BertForTokenClassification(BertConfig(**sizes, num_labels=3)))
-    with pytest.raises(ConfigError, match="'tiny' .BertForTokenClassification. cannot run") as caught:
+    with pytest.raises(ConfigError, match=r"'tiny' .BertForTokenClassification. cannot run") as caught:
         BatchedModel(model, name="tiny", is_lm=False)
     assert "Decoder-only" in str(caught.value.hint)
 
@@ -357,7 +365,8 @@ def test_rows_belong_to_the_caller(start: Callable[..., BatchedModel]) -> None:
     runner = start(model)
     (row,) = together(runner, [[1, 2, 3]])
     assert (row.dtype, row.device.type) == (torch.float32, "cpu")
-    row.zero_()
+    with torch.inference_mode():
+        row.zero_()
     check(model, [[1, 2, 3]], together(runner, [[1, 2, 3]]))
 
 
