@@ -86,7 +86,7 @@ class DistributionCache:
         try:
             data = self._cache.get(key)
             return None if data is None else decode_distribution(data)
-        except (ValueError, KeyError, TypeError, OSError, sqlite3.Error) as error:
+        except (ValueError, OSError, sqlite3.Error) as error:
             _log.warning("cache entry %s is damaged and will be asked for again: %s", key[:12], error)
             return None
 
@@ -121,10 +121,20 @@ def encode_distribution(distribution: TokenDistribution) -> bytes:
 
 
 def decode_distribution(data: bytes) -> TokenDistribution:
-    """The inverse of `encode_distribution`. Raises ValueError, KeyError or TypeError for anything else."""
-    document = orjson.loads(data)
-    pieces = tuple(Piece(text.encode("latin-1"), token_id) for text, token_id in document["pieces"])
-    logprobs = tuple(float(value) for value in document["logprobs"])
-    if not pieces or len(pieces) != len(logprobs):
-        raise ValueError("pieces and logprobs differ in number")
-    return TokenDistribution(pieces, logprobs, document["vocab_size"])
+    """The inverse of `encode_distribution`. Raises ValueError for anything that it would not have written."""
+    try:
+        document = orjson.loads(data)
+        pieces = tuple(Piece(text.encode("latin-1"), token_id) for text, token_id in document["pieces"])
+        logprobs, vocab_size = tuple(document["logprobs"]), document["vocab_size"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"not a stored distribution: {error!r}") from None
+    sound = (
+        0 < len(pieces) == len(logprobs) == len({piece.key for piece in pieces})
+        and all(piece.token_id is None or type(piece.token_id) is int for piece in pieces)
+        and all(type(value) is float and value <= 0.0 for value in logprobs)
+        and list(logprobs) == sorted(logprobs, reverse=True)
+        and (vocab_size is None or type(vocab_size) is int)
+    )
+    if not sound:
+        raise ValueError("not a stored distribution: pieces, logprobs or vocabulary size are not as written")
+    return TokenDistribution(pieces, logprobs, vocab_size)

@@ -128,7 +128,10 @@ def load_config(path: str | os.PathLike[str]) -> Config:
     try:
         data = tomllib.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"there is no configuration file {str(path)!r}") from None
+        raise ConfigError(
+            f"there is no configuration file {str(path)!r}",
+            hint="Check the path, or leave --config out to use the zoo.",
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"the configuration file {str(path)!r} cannot be read: {error}") from None
     except tomllib.TOMLDecodeError as error:
@@ -174,7 +177,9 @@ def _anchor(config: Config, directory: Path) -> Config:
 
 
 def _explain(error: ValidationError, source: str) -> ConfigError:
-    first = error.errors()[0]
+    found_errors = error.errors()
+    # A misspelt key is also a missing one: the spelling is what helps.
+    first = next((one for one in found_errors if one["type"] == "extra_forbidden"), found_errors[0])
     where = ".".join(str(part) for part in first["loc"]) or "the file"
     if first["type"] == "extra_forbidden":
         key = str(first["loc"][-1])

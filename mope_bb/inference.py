@@ -87,7 +87,7 @@ class SlotCache(Cache):  # type: ignore[misc]  # untyped base
             store[self._rows[:, None], :, self._positions] = new.transpose(1, 2)
         return pair[0][self._rows, :, : self._length], pair[1][self._rows, :, : self._length]
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def copy_prefix(self, source: int, target: int, length: int) -> None:
         """Give row `target` the first `length` positions of row `source`."""
         for pair in self._kv:
@@ -199,7 +199,7 @@ class BatchedModel:
         best.last_used = self._clock
         return best, shared
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _forward(self, group: list[tuple[_Request, _Slot, int]]) -> None:
         num_new = [len(request.ids) - start for request, _, start in group]
         width = max(num_new)
@@ -253,7 +253,7 @@ class BatchedModel:
             ~allowed, torch.finfo(self._dtype).min
         )
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _self_check(self) -> None:
         """Refuse architectures that this runner would compute wrongly: compare with the model's plain forward."""
         probe = torch.arange(1, 13, device=self._device)[None] % self._model.config.vocab_size

@@ -30,14 +30,14 @@ class Preference:
     def of(cls, weights: Mapping[str, float]) -> Preference:
         """Normalise `weights`, dropping zeros. Raises PreferenceError for negative, non-finite or all-zero ones."""
         for name, weight in weights.items():
-            if not math.isfinite(weight):
+            if isinstance(weight, str) or not math.isfinite(weight):
                 raise PreferenceError(f"the weight of {name!r} is {weight}, expected a finite number")
             if weight < 0:
                 raise PreferenceError(
                     f"the weight of {name!r} is {weight:g}, expected 0 or more",
                     hint="To push away from a style, prefer its opposite pole.",
                 )
-        total = math.fsum(weights.values())
+        total = sum(weights.values())
         if total <= 0:
             raise PreferenceError(f"all weights are 0 in {dict(weights)!r}; at least one must be positive")
         if not math.isfinite(total):

@@ -36,6 +36,7 @@ from mope_bb.types import Answer, Context, FinishReason, Message, SamplingOption
 T = TypeVar("T")
 Conversation = str | Sequence[Message | Mapping[str, Any]]
 PreferenceLike = str | Preference | Mapping[str, float] | None
+END_WITHIN_S = 5.0
 ROLES = ("system", "user", "assistant", "tool")
 
 
@@ -166,8 +167,10 @@ class Session:
             return preference
         if isinstance(preference, str):
             return self.roster.parse(preference)
-        if preference is not None:
+        if isinstance(preference, Mapping):
             return Preference.of(preference)
+        if preference is not None:
+            raise PreferenceError(f"a preference is text or weights by name, got {type(preference).__name__}")
         served = [dimension for dimension in self.roster.dimension_of.values() if dimension is not None]
         if not served:
             raise PreferenceError("no preference was given, and no expert has a dimension", hint="Name experts.")
@@ -226,9 +229,10 @@ def build_session(config: Config | str | PathLike[str]) -> Session:
 class SyncSession:
     """A `Session` on an event loop of its own thread. Made by `open_session_sync`."""
 
-    def __init__(self, session: Session, call: Callable[[Awaitable[Any]], Any]) -> None:
+    def __init__(self, session: Session, call: Callable[[Awaitable[Any]], Any], is_closed: Callable[[], bool]) -> None:
         self.session = session
         self._call = call
+        self._is_closed = is_closed
 
     def complete(self, conversation: Conversation, **options: Any) -> Answer:
         """See `Session.complete`."""
@@ -246,7 +250,8 @@ class SyncSession:
                 except StopAsyncIteration:
                     return
         finally:
-            self._call(stream.aclose())
+            if not self._is_closed():
+                self._call(stream.aclose())
 
 
 @contextmanager
@@ -257,21 +262,29 @@ def open_session_sync(config: Config | str | PathLike[str]) -> Iterator[SyncSess
     thread.start()
 
     def call(awaitable: Awaitable[T]) -> T:
+        ended = threading.Event()
+
         async def awaited() -> T:
-            return await awaitable
+            try:
+                return await awaitable
+            finally:
+                ended.set()
 
         future = asyncio.run_coroutine_threadsafe(awaited(), loop)
         try:
             return future.result()
         except BaseException:
+            # Ctrl-C reaches this thread, not the loop's: let the call unwind there before anything else is asked.
             future.cancel()
+            ended.wait(END_WITHIN_S)
             raise
 
     try:
         session = build_session(config)
         try:
-            yield SyncSession(session, call)
+            yield SyncSession(session, call, loop.is_closed)
         finally:
+            call(loop.shutdown_asyncgens())
             call(session.aclose())
     finally:
         loop.call_soon_threadsafe(loop.stop)
@@ -283,6 +296,11 @@ def parse_conversation(conversation: Conversation) -> tuple[Message, ...]:
     """A question, or messages, as messages. Raises ConfigError for an empty or malformed one."""
     if isinstance(conversation, str):
         conversation = [Message("user", conversation)]
+    if isinstance(conversation, Mapping) or not isinstance(conversation, Sequence):
+        raise ConfigError(
+            f"a conversation is text or a list of messages, got {type(conversation).__name__}",
+            hint='Pass "How ...?", or [{"role": "user", "content": "How ...?"}].',
+        )
     messages = tuple(_parse_message(message) for message in conversation)
     if not messages:
         raise ConfigError("the conversation is empty", hint="Ask something.")
@@ -292,15 +310,21 @@ def parse_conversation(conversation: Conversation) -> tuple[Message, ...]:
     return messages
 
 
-def _parse_message(message: Message | Mapping[str, Any]) -> Message:
+def _parse_message(message: object) -> Message:
     if isinstance(message, Message):
         parsed = message
+    elif not isinstance(message, Mapping):
+        raise ConfigError(f"a message is {type(message).__name__}, expected a dictionary with role and content")
     else:
         parsed = Message(str(message.get("role")), message.get("content") or "", (), message.get("tool_call_id"))
     if parsed.role not in ROLES:
         raise ConfigError(f"a message has the role {parsed.role!r}", hint=f"Known: {', '.join(ROLES)}.")
     if not isinstance(parsed.content, str):
         raise ConfigError(f"the content of a message is {type(parsed.content).__name__}, expected text")
+    try:
+        parsed.content.encode()
+    except UnicodeEncodeError:
+        raise ConfigError("a message holds half of a surrogate pair, which is no text") from None
     return parsed
 
 

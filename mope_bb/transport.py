@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, Final, Self
 
+import aiohttp
 import httpx
 import httpx_aiohttp
 import orjson
@@ -134,6 +135,12 @@ class HttpClient:
                 body = await _read_limited(response)
             finally:
                 await response.aclose()
+        except aiohttp.ClientError as error:
+            # httpx_aiohttp lets those through that have no counterpart in httpx: replies that are not HTTP.
+            raise self._error(
+                MalformedResponseError,
+                f"the reply of {self._url(path)} is not HTTP: {' '.join(str(error).split())[:200]}",
+            ) from None
         except httpx.HTTPError as error:
             raise self._error(*map_httpx_error(error, self._url(path))) from None
         except _ReplyTooLongError:
@@ -233,13 +240,14 @@ def classify_status(status: int, body: bytes) -> tuple[type[ProviderError], str 
     text = body[:4096].decode("utf-8", "replace")
     if status == 402 or (status == 429 and _NO_QUOTA.search(text)):
         return RequestError, "The quota of this key is used up; waiting does not help."
+    if status < 500 and _NO_LOGPROBS.search(text):
+        return LogprobsUnavailableError, None
     if (kind := _KIND_OF_STATUS.get(status)) is not None:
         return kind, None
     if status >= 500:
         return ServerError, None
-    for pattern, kind in ((_CONTEXT, ContextLengthError), (_NO_LOGPROBS, LogprobsUnavailableError)):
-        if pattern.search(text):
-            return kind, None
+    if _CONTEXT.search(text):
+        return ContextLengthError, None
     return RequestError, _HINT_OF_STATUS.get(status)
 
 

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, NamedTuple
 
+ROUNDING_MASS: Final = 1e-7
+"""Endpoints compute in float32: a tail below this cannot be told from rounding."""
 FinishReason = Literal["stop", "length"]
 """Why an answer ended: an END piece or a stop string; or `max_tokens`, or the end of an expert's context."""
 
@@ -77,13 +79,14 @@ class TokenDistribution:
         A missing piece has at most the smallest returned probability and at most the tail. Where the size of the
         vocabulary is known, the tail is shared evenly among the missing pieces instead: no bound, the better guess.
         """
-        tail = self.tail_mass
+        # A list can sum to 1 by rounding alone: what it leaves out is small then, but not impossible.
+        tail = max(self.tail_mass, ROUNDING_MASS)
         if self.vocab_size is not None:
             missing = self.vocab_size - len(self.pieces)
             if missing <= 0:
                 return -math.inf
             tail /= missing
-        return min(self.logprobs[-1], math.log(tail) if tail > 0.0 else -math.inf)
+        return min(self.logprobs[-1], math.log(tail))
 
 
 @dataclass(frozen=True, slots=True)

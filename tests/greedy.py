@@ -22,10 +22,10 @@ NEAR_TIE_NATS = 0.02
 def engine_answer(server: ZooServer, expert: str, ids: list[int]) -> list[int]:
     """llama.cpp's own greedy continuation, END included."""
     body = {"prompt": ids, "n_predict": MAX_TOKENS, "temperature": 0, "return_tokens": True, "cache_prompt": True}
-    request = urllib.request.Request(  # noqa: S310  # loopback
+    request = urllib.request.Request(  # loopback
         f"{server.base_urls[expert]}/completion", json.dumps(body).encode(), {"content-type": "application/json"}
     )
-    with urllib.request.urlopen(request) as reply:  # noqa: S310
+    with urllib.request.urlopen(request) as reply:
         tokens: list[int] = json.load(reply)["tokens"]
     return tokens
 

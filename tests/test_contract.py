@@ -30,7 +30,7 @@ def provider(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def ask(provider: str, nano_experts: ZooServer) -> Callable[[Callable[[Expert], Awaitable[T]]], T]:
     """Open an expert of this adapter, run something with it, close it."""
-    tables = {
+    tables: dict[str, dict[str, object]] = {
         "llamacpp": {"base_url": nano_experts.base_urls["concise"]},
         "local": {"model": str(nano_experts.zoo.folder("concise")), "device": "cpu"},
         "scripted": {"script": SCRIPT},

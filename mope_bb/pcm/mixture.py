@@ -19,15 +19,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Final, Literal, cast
 
 import torch
 from torch import Tensor
 
 from mope_bb.errors import AlignmentError, ConfigError
-from mope_bb.types import Candidates, Piece, TokenDistribution
+from mope_bb.types import END, Candidates, Piece, TokenDistribution
 
 MergeRuleName = Literal["linear", "geometric", "product"]
+
+
+IMPOSSIBLE: Final = -1e4
+"""Stands for log 0 where differences must stay finite."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,11 +92,9 @@ def align(distributions: Sequence[TokenDistribution]) -> Candidates:
                     f"token {piece.token_id} is {found[piece.key].data!r} for one expert, {piece.data!r} for another",
                     hint="The experts have different tokenizers; use experts fine-tuned from one base model.",
                 )
-    try:
-        # Ids or bytes, never both: a mixture is the error below.
-        order: list[Any] = sorted(found)
-    except TypeError:
-        raise AlignmentError("some experts give token ids and others only bytes; they cannot be merged") from None
+    if len({type(key) for key in found if key != END.key}) > 1:
+        raise AlignmentError("some experts give token ids and others only bytes; they cannot be merged")
+    order: list[Any] = sorted(found, key=lambda key: (key != END.key, key))
     column = {key: index for index, key in enumerate(order)}
     rows = []
     for distribution in distributions:
@@ -113,13 +115,12 @@ def fill_missing(rule: MergeRule, logprobs: Tensor, floors: Tensor) -> Tensor:
 
     Linear: p_i counts as 0 there, so that learning is exact for the policy that acted. The other rules need a value:
     the expert's floor. `logprobs` (..., E, C), `floors` (..., E). An expert whose floor is -inf has listed its whole
-    vocabulary; a candidate it lacks is then impossible for it, and the smallest float stands for its logprob, so that
+    vocabulary; a candidate it lacks is then impossible for it, and IMPOSSIBLE stands for its logprob, so that
     differences of two such values stay finite.
     """
     if rule.name == "linear":
         return logprobs
-    lowest = -1e4
-    return torch.where(torch.isneginf(logprobs), floors.clamp_min(lowest)[..., None], logprobs)
+    return torch.where(torch.isneginf(logprobs), floors.clamp_min(IMPOSSIBLE)[..., None], logprobs)
 
 
 def missed_mass(weights: Tensor, tails: Tensor) -> Tensor:

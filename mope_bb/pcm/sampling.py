@@ -11,14 +11,25 @@ from mope_bb.types import SamplingOptions
 
 def check_sampling(options: SamplingOptions) -> None:
     """Raise ConfigError for options outside their range."""
+    for name, value, kinds in (
+        ("temperature", options.temperature, (int, float)),
+        ("top_p", options.top_p, (int, float)),
+        ("max_tokens", options.max_tokens, (int,)),
+        *(("stop", stop, (str,)) for stop in options.stop),
+    ):
+        if not isinstance(value, kinds):
+            raise ConfigError(f"{name} is {value!r}, expected {' or '.join(kind.__name__ for kind in kinds)}")
     if not 0.0 <= options.temperature < float("inf"):
-        raise ConfigError(f"temperature is {options.temperature:g}, expected 0 or more")
+        raise ConfigError(
+            f"temperature is {options.temperature:g}, expected 0 or more",
+            hint="1 samples as the experts do, 0 is greedy.",
+        )
     if not 0.0 < options.top_p <= 1.0:
-        raise ConfigError(f"top_p is {options.top_p:g}, expected a number above 0 and at most 1")
+        raise ConfigError(f"top_p is {options.top_p:g}, expected above 0 and at most 1", hint="1 is off.")
     if options.max_tokens < 1:
-        raise ConfigError(f"max_tokens is {options.max_tokens}, expected 1 or more")
+        raise ConfigError(f"max_tokens is {options.max_tokens}, expected 1 or more", hint="256 is the default.")
     if any(not stop for stop in options.stop):
-        raise ConfigError("a stop string is empty")
+        raise ConfigError("a stop string is empty", hint="Leave it out to stop at the end of the answer only.")
 
 
 def shape_distribution(log_pi: Tensor, *, temperature: float, top_p: float) -> Tensor:

@@ -97,10 +97,12 @@ def parse_response(
 
 
 def _parse_entry(entry: Mapping[str, Any]) -> tuple[Piece, float | None]:
-    token_id, logprob = entry["id"], entry["logprob"]
-    if not isinstance(token_id, int) or not (logprob is None or isinstance(logprob, int | float)):
-        raise ValueError(f"id {token_id!r}, logprob {logprob!r}")
-    return Piece(bytes(entry["bytes"]), token_id), logprob
+    token_id, logprob, data = entry["id"], entry["logprob"], entry["bytes"]
+    if type(token_id) is not int or token_id < 0 or not isinstance(data, list):
+        raise ValueError(f"id {token_id!r}, bytes {data!r}")
+    if not (logprob is None or type(logprob) in (int, float)):
+        raise ValueError(f"logprob {logprob!r}")
+    return Piece(bytes(data), token_id), logprob
 
 
 class LlamaCppExpert(IdExpert):

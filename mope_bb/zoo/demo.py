@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from mope_bb.zoo.build import NAMES, Zoo, build_zoo
+from mope_bb.zoo.build import NAMES, Zoo, build_zoo, is_built
 from mope_bb.zoo.serving import ZooServer, serve_zoo
 
 
@@ -20,18 +21,24 @@ def serve(
 
 
 def build_with_bar(*, size: str = "tiny", seed: int = 0, home: Path | None = None) -> Zoo:
-    """`build_zoo` with a progress bar on standard error, which appears only when something must be built."""
+    """`build_zoo` with progress on standard error: a bar on a terminal, else a line for each model that is trained."""
     from rich.console import Console
     from rich.progress import Progress
 
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("building the zoo", total=len(NAMES), visible=False)
+    if is_built(size=size, seed=seed, home=home):
+        return build_zoo(size=size, seed=seed, home=home)
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        return build_zoo(size=size, seed=seed, home=home, progress=_tell)
+    with Progress(console=console, transient=True) as bar:
+        task = bar.add_task("building the zoo (once)", total=len(NAMES))
 
         def show(name: str, share: float) -> None:
-            # A model that is found intact is reported as done at once: then there is nothing to show.
-            building = share < 1 or None
-            bar.update(
-                task, description=f"building the zoo: {name}", completed=NAMES.index(name) + share, visible=building
-            )
+            bar.update(task, description=f"building the zoo (once): {name}", completed=NAMES.index(name) + share)
 
         return build_zoo(size=size, seed=seed, home=home, progress=show)
+
+
+def _tell(name: str, share: float) -> None:
+    if share == 0.0:
+        print(f"building the zoo (once): {name}, {NAMES.index(name) + 1} of {len(NAMES)}", file=sys.stderr, flush=True)

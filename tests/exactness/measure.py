@@ -118,7 +118,7 @@ class Measurement:
         options = SamplingOptions(max_tokens=120)
         steps = [step async for step in decode(context, plan, full, UserWeights(), options, seed=seed)]
         response = [step.piece for step in steps if step.piece != END]
-        ids = [piece.token_id for piece in response]
+        ids = [piece.token_id for piece in response if piece.token_id is not None]
         dense = {name: self._dense[name].logprobs(question, ids) for name in ("base", *lambdas)}
         await asyncio.gather(*(pool.open(("base", *lambdas)) for pool in self._pools.values()))
         for position in range(len(response) + 1):
@@ -161,7 +161,7 @@ class Measurement:
         self, by_k: dict[int, list[TokenDistribution]], rows: dict[str, Array], lambdas: dict[str, float]
     ) -> None:
         if self._noisy_engine:
-            # llama.cpp's numbers differ from transformers' by up to 0.02: the truth about truncation is its own full list.
+            # llama.cpp differs from transformers by up to 0.02: the truth about truncation is its own full list.
             rows = {
                 name: self._whole(told) for name, told in zip(("base", *lambdas), by_k[self._vocab_size], strict=True)
             }

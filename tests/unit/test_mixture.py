@@ -349,7 +349,6 @@ def test_align_takes_bytes_only() -> None:
     assert found.pieces == (Piece(b"x"), Piece(b"y"))
 
 
-@pytest.mark.xfail(strict=True, reason="bug: END's key is an id, so a bytes-only list with END is taken for a mixture")
 def test_align_merges_bytes_only_with_an_end() -> None:
     """END stands among bytes-only pieces as it does among ids: a scripted expert can end."""
     found = align([listing((Piece(b"y"), 0.5), (END, 0.25)), listing((END, 0.5))])
@@ -409,11 +408,6 @@ def test_fill_missing_uses_each_experts_floor(rule: MergeRule) -> None:
 
 
 @pytest.mark.parametrize("vocab_size", [None, 1000])
-@pytest.mark.xfail(
-    strict=True,
-    reason="bug: a truncated list that sums to 1 by rounding has floor -inf, filled with -1e4; with beta summing to 2 "
-    "that becomes +1e4 for pieces the base did not list",
-)
 def test_product_survives_a_base_that_is_certain(vocab_size: int | None) -> None:
     """A base sure of one piece (sum 1 by rounding) must not turn what it did not list into the answer."""
     base = TokenDistribution((A, B), (0.0, -20.0), vocab_size)  # probability 1 to float32's digits

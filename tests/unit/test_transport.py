@@ -10,7 +10,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
-import aiohttp
 import httpx
 import pytest
 from aiohttp import web
@@ -110,12 +109,7 @@ def test_error_without_a_message_is_named_by_its_class() -> None:
         (400, b"Input length exceeds the limit", ContextLengthError),
         (400, b"logprobs is not enabled for this model", LogprobsUnavailableError),
         (400, b"logprobs are not supported", LogprobsUnavailableError),
-        pytest.param(
-            403,
-            b"You are not allowed to request logprobs from this model",
-            LogprobsUnavailableError,
-            marks=pytest.mark.xfail(strict=True, reason="bug: 403 is decided before the words of the body are read"),
-        ),
+        (403, b"You are not allowed to request logprobs from this model", LogprobsUnavailableError),
         (400, b"\xff\xfe", RequestError),
     ],
 )
@@ -421,11 +415,6 @@ def test_broken_connection_is_retried(data: bytes, is_reset: bool) -> None:
         b"HTTP/1.1 200 OK\r\nx: " + b"y" * 100_000 + b"\r\n\r\n{}",
     ],
     ids=["not HTTP", "bad length", "bad chunk", "huge header"],
-)
-@pytest.mark.xfail(
-    strict=True,
-    raises=aiohttp.ClientError,
-    reason="bug: httpx_aiohttp maps no ClientResponseError, and _send_once catches httpx.HTTPError only",
 )
 def test_broken_protocol_is_a_provider_error(data: bytes) -> None:
     """Bytes that are no HTTP reply never escape as an exception of a library."""
