@@ -63,6 +63,8 @@ def cli(debug: bool) -> None:
 def main() -> None:
     """Run the command line; never shows a traceback without --debug."""
     debug = "--debug" in sys.argv
+    # Before torch is loaded: its threads must not spin while experts on the same machine need the cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         status = cli.main(standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:

@@ -6,6 +6,7 @@ transformers and no xllamacpp; the functions do, when they need them.
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 from mope_bb.zoo.language import example_questions
@@ -15,6 +16,10 @@ if TYPE_CHECKING:
     from mope_bb.zoo.build import Zoo, build_zoo, clear_zoos, is_built, list_zoos
     from mope_bb.zoo.demo import serve
     from mope_bb.zoo.serving import ZooServer, serve_zoo
+
+# Read when torch is loaded: without it the threads of tiny operations spin while they wait for each other, which on a
+# machine that also runs the servers costs up to ten times the time of the work itself (docs/design-notes.md).
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 _HOMES = {
     "Zoo": "build",

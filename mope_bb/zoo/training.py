@@ -41,7 +41,7 @@ class Recipe:
 
 RECIPES = {
     "nano": Recipe(64, 2, 192, 60, 10, 16, 4e-3, 2e-3, threads=1),
-    "tiny": Recipe(96, 2, 256, 1300, 120, 32, 4e-3, 2e-3),
+    "tiny": Recipe(96, 2, 256, 1000, 70, 32, 4e-3, 2e-3),
     "gpu": Recipe(512, 12, 1536, 3000, 200, 64, 6e-4, 2e-4, head_size=64),
 }
 """`tiny` is the default; `nano` is for tests and speaks badly; `gpu` has about 40 million parameters."""
