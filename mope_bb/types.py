@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Final, Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Final, Literal, NamedTuple
 
 ROUNDING_MASS: Final = 1e-7
 """Endpoints compute in float32: a tail below this cannot be told from rounding."""
@@ -178,7 +178,6 @@ class Answer:
     seed: int
     """The seed with which the same endpoints give the same answer again."""
     merge: str
-    details: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def missed_mass_mean(self) -> float | None:
