@@ -177,7 +177,7 @@ async def compare(session: Session, options: ChatOptions, question: str, prefere
     # What a user or a model wrote is data, hence `Text`: no markup is read in it.
     table = Table(title=Text(question), expand=True)
     for preference in preferences:
-        table.add_column(Text(preference), ratio=1, overflow="fold")
+        table.add_column(Text(preference.replace(",", ", ")), ratio=1)
     answers = [task.result() for task in tasks]
     table.add_row(*(Text(answer.text) for answer in answers))
     table.add_row(*(Text(summary(answer), style="dim") for answer in answers))
