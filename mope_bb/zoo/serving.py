@@ -173,6 +173,6 @@ def _toml(data: dict[str, Any]) -> str:
 
     parts = [table("[[experts]]", expert) for expert in data["experts"]]
     parts += [table(f"[dimensions.{name}]", section) for name, section in data["dimensions"].items()]
-    parts.append(table("[cache]", data["cache"]))
+    parts += [table(f"[{name}]", data[name]) for name in ("pcm", "cache")]
     parts += [table(f"[presets.{name}]", weights) for name, weights in data["presets"].items()]
     return "\n".join(parts)
