@@ -40,11 +40,11 @@ class ChatTokenizer:
         rendered = self._tokenizer.apply_chat_template(
             [as_openai(message) for message in messages], tokenize=False, add_generation_prompt=True
         )
-        return tuple(self._tokenizer.encode(rendered, add_special_tokens=False))
+        return tuple(self._tokenizer.encode(rendered, add_special_tokens=False, verbose=False))
 
     def encode_text(self, text: str) -> tuple[int, ...]:
         """The ids of plain `text`; what looks like a control token in it is text."""
-        return tuple(self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
+        return tuple(self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True, verbose=False))
 
     def control_token_in(self, text: str) -> str | None:
         """A control token that `text` spells out, if any."""
