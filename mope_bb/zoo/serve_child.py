@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import sys
 import threading
 import time
@@ -71,7 +70,7 @@ def _start(xllamacpp: Any, model: dict[str, str], order: dict[str, Any]) -> Any:
     params.model.path = model["path"]
     params.model_alias = {model["name"]}
     params.hostnames = ["127.0.0.1"]
-    params.port = _free_port()
+    params.port = 0  # the system gives a free one, which `listening_address` tells
     params.n_parallel = order["parallel"]
     params.n_ctx = order["n_ctx_per_slot"] * order["parallel"]
     params.kv_unified = False  # every slot has its own context, so one long prompt cannot take the others' room
@@ -87,12 +86,6 @@ def _start(xllamacpp: Any, model: dict[str, str], order: dict[str, Any]) -> Any:
     params.n_gpu_layers = 0
     params.verbosity = 2  # warnings and errors: a line per request would fill the disk
     return xllamacpp.Server(params)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 if __name__ == "__main__":
