@@ -41,7 +41,9 @@ def main() -> None:
                 "total_variation": {k: spread(values) for k, values in found.tv.items()},
                 "tolerance": dataclasses.asdict(tolerance),
             }
-            if max(found.probability_gap, found.logprob_gap) > tolerance.full or found.tv_excess > tolerance.tv_slack:
+            # The promise is about the distribution. The logprob gap is reported beside it: under the product rule the
+            # experts' own rounding is multiplied by up to 2n - 1.
+            if found.probability_gap > tolerance.full or found.tv_excess > tolerance.tv_slack:
                 broken.append(f"exactness_{setup}")
         for setup in ("local", "llamacpp"):
             tell(f"greedy, experts {setup}: {NUM_PROMPTS} prompts")

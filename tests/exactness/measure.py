@@ -65,7 +65,7 @@ class Tolerance:
     """What may differ."""
 
     full: float
-    """k = full: probabilities, and logprobs of pieces with a probability of 1e-4 or more."""
+    """k = full: any probability of the merged distribution."""
     tv_slack: float
     """k = 5 and 20: by how much the true total variation may exceed the bound."""
 
