@@ -19,7 +19,6 @@ def test_merge_equals_the_dense_oracle(nano_experts: ZooServer, setup: str) -> N
     assert result.num_steps >= 120
     assert result.num_steps_not_ascii > 0
     assert result.probability_gap <= tolerance.full
-    assert result.logprob_gap <= tolerance.full
     assert result.tv_excess <= tolerance.tv_slack
     # The bound says something: the lists really miss mass at k = 5.
     assert max(result.tv[5]) > 0.01
