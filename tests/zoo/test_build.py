@@ -33,41 +33,39 @@ def test_training_is_reproducible_to_the_last_bit() -> None:
     assert threads == torch.get_num_threads()
 
 
-def test_zoo_is_complete(nano_zoo: Zoo, nano_home: Path) -> None:
+def test_zoo_is_complete(nano: Zoo, zoo_home: Path) -> None:
     """Seven models, both formats, every file in the manifest."""
-    assert nano_zoo.names == NAMES
-    manifest = json.loads((nano_zoo.root / "manifest.json").read_text())
+    assert nano.names == NAMES
+    manifest = json.loads((nano.root / "manifest.json").read_text())
     for name in NAMES:
-        assert nano_zoo.gguf(name).is_file()
-        assert (nano_zoo.folder(name) / "model.safetensors").is_file()
-        assert nano_zoo.sha256(name) == hashlib.sha256(nano_zoo.gguf(name).read_bytes()).hexdigest()
+        assert nano.gguf(name).is_file()
+        assert (nano.folder(name) / "model.safetensors").is_file()
+        assert nano.sha256(name) == hashlib.sha256(nano.gguf(name).read_bytes()).hexdigest()
         assert f"{name}/tokenizer.json" in manifest["models"][name]["files"]
-    assert nano_zoo.root in [zoo.root for zoo in list_zoos(nano_home)]
-    assert is_built(size="nano", home=nano_home)
+    assert nano.root in [zoo.root for zoo in list_zoos(zoo_home)]
+    assert is_built(size="nano", home=zoo_home)
 
 
-def test_damage_is_noticed_and_repaired_to_the_same_bytes(nano_zoo: Zoo, nano_home: Path) -> None:
+def test_damage_is_noticed_and_repaired_to_the_same_bytes(nano: Zoo, zoo_home: Path) -> None:
     """A changed file and a missing file are built again; what is intact is kept; the result is the same zoo."""
-    untouched = nano_zoo.gguf("simple").stat().st_mtime_ns
-    with nano_zoo.gguf("grumpy").open("r+b") as stream:
+    untouched = nano.gguf("simple").stat().st_mtime_ns
+    with nano.gguf("grumpy").open("r+b") as stream:
         stream.write(b"damage")
-    (nano_zoo.folder("friendly") / "tokenizer.json").unlink()
-    assert not is_built(size="nano", home=nano_home)
+    (nano.folder("friendly") / "tokenizer.json").unlink()
+    assert not is_built(size="nano", home=zoo_home)
     trained: set[str] = set()
-    again = build_zoo(
-        size="nano", home=nano_home, progress=lambda name, share: trained.add(name) if share < 1 else None
-    )
+    again = build_zoo(size="nano", home=zoo_home, progress=lambda name, share: trained.add(name) if share < 1 else None)
     assert {"grumpy", "friendly"} == trained
-    assert nano_zoo == again
+    assert nano == again
     assert untouched == again.gguf("simple").stat().st_mtime_ns
 
 
-def test_unknown_names_are_explained(nano_zoo: Zoo, tmp_path: Path) -> None:
+def test_unknown_names_are_explained(nano: Zoo, tmp_path: Path) -> None:
     """A wrong size or model name is an error that lists the right ones."""
     with pytest.raises(ConfigError, match="unknown zoo size 'huge'"):
         build_zoo(size="huge", home=tmp_path)
     with pytest.raises(ConfigError, match="no model 'witty'"):
-        nano_zoo.gguf("witty")
+        nano.gguf("witty")
 
 
 def test_clear_deletes_only_zoos(tmp_path: Path) -> None:

@@ -117,16 +117,16 @@ def test_config_round_trips_through_toml(nano_server: ZooServer, tmp_path: Path)
     assert config.roster().base == "base"
 
 
-def test_leaving_the_block_stops_the_servers(nano_zoo: Zoo) -> None:
+def test_leaving_the_block_stops_the_servers(nano: Zoo) -> None:
     """Also after an error within the block; the log goes too."""
-    with pytest.raises(ZeroDivisionError), serve_zoo(nano_zoo, names=["base"], parallel=1) as server:
+    with pytest.raises(ZeroDivisionError), serve_zoo(nano, names=["base"], parallel=1) as server:
         assert is_alive(server.pid)
         raise ZeroDivisionError
     assert not is_alive(server.pid)
     assert not server.log.exists()
 
 
-def test_no_orphan_after_sigkill_of_the_parent(nano_zoo: Zoo) -> None:
+def test_no_orphan_after_sigkill_of_the_parent(nano: Zoo) -> None:
     """A parent that is killed cannot clean up; the servers end all the same."""
     code = (
         "import sys, time; from pathlib import Path; from mope_bb.zoo.build import build_zoo\n"
@@ -134,7 +134,7 @@ def test_no_orphan_after_sigkill_of_the_parent(nano_zoo: Zoo) -> None:
         "with serve_zoo(build_zoo(size='nano', home=Path(sys.argv[1])), names=['base'], parallel=1) as server:\n"
         "    print(server.pid, flush=True); time.sleep(60)\n"
     )
-    home = nano_zoo.root.parents[1]
+    home = nano.root.parents[1]
     environment = {**os.environ, "PYTHONPATH": str(Path(serving.__file__).parents[2])}
     with subprocess.Popen([sys.executable, "-c", code, str(home)], stdout=subprocess.PIPE, env=environment) as parent:
         assert parent.stdout is not None
@@ -144,7 +144,7 @@ def test_no_orphan_after_sigkill_of_the_parent(nano_zoo: Zoo) -> None:
     assert ends(child)
 
 
-def test_a_file_that_is_no_model_is_explained(nano_zoo: Zoo, tmp_path: Path) -> None:
+def test_a_file_that_is_no_model_is_explained(nano: Zoo, tmp_path: Path) -> None:
     """The error carries the end of llama.cpp's log."""
     (tmp_path / "base.gguf").write_bytes(b"not a model")
     broken = Zoo(tmp_path, "nano", 0, ("base",), {"base": "0"})
@@ -152,9 +152,9 @@ def test_a_file_that_is_no_model_is_explained(nano_zoo: Zoo, tmp_path: Path) -> 
         pass
 
 
-def test_missing_wheel_is_explained(nano_zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_wheel_is_explained(nano: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without xllamacpp the error names the package."""
     (tmp_path / "xllamacpp.py").write_text("raise ImportError('no such wheel')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    with pytest.raises(ConfigError, match="xllamacpp"), serve_zoo(nano_zoo, names=["base"]):
+    with pytest.raises(ConfigError, match="xllamacpp"), serve_zoo(nano, names=["base"]):
         pass
