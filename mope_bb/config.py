@@ -72,6 +72,8 @@ class MergeConfig(_Section):
     rule: MergeRuleName = "linear"
     product_scale: Annotated[float, Field(ge=0)] = 1.5
     """c in beta_i = n lambda_i exp(c tanh s_i)."""
+    plausibility: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """The product leaves out pieces below this share of the most probable one under the even mixture; 0 = none."""
 
 
 class CacheConfig(_Section):

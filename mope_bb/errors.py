@@ -15,7 +15,10 @@
     |   +-- LogprobsUnavailableError       the endpoint answers, but without logprobs
     +-- AlignmentError(ValueError)         distributions that cannot be merged
     +-- PcmError(RuntimeError)             the Preference Control Model failed
-        +-- CheckpointError                a PCM folder that cannot be loaded
+    |   +-- CheckpointError                a PCM folder that cannot be loaded
+    +-- RewardError(RuntimeError)          a reward model that cannot score
+    +-- TrainingError(RuntimeError)        a run that cannot go on
+        +-- AllRolloutsFailedError         no pair of a batch could be scored
 
 Messages name the thing, the value found and the value expected; `hint` says what to do. `retryable` is a fact of the
 class, so that the retry layer asks the error and keeps no list of its own.
@@ -149,3 +152,15 @@ class CheckpointError(PcmError):
     """A PCM folder that cannot be loaded."""
 
     exit_code = 2
+
+
+class RewardError(MopeError, RuntimeError):
+    """A reward model could not be loaded, or could not score an answer."""
+
+
+class TrainingError(MopeError, RuntimeError):
+    """A training run cannot begin or go on."""
+
+
+class AllRolloutsFailedError(TrainingError):
+    """Not one pair of a batch could be sampled and scored."""

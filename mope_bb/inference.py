@@ -224,7 +224,7 @@ class BatchedModel:
         self.num_forwards += 1
         outputs = self._model(
             input_ids=ids,
-            attention_mask=self._mask(positions, length),
+            attention_mask=causal_masks(self._model.config, positions, length, self._dtype),
             position_ids=positions,
             past_key_values=self._cache,
             use_cache=True,
@@ -232,26 +232,6 @@ class BatchedModel:
         )
         logits: Tensor = outputs.logits
         return logits
-
-    def _mask(self, positions: Tensor, length: int) -> Tensor | dict[str, Tensor]:
-        """Causal masks (B x 1 x q x length), one per kind of layer where the model mixes kinds.
-
-        Padding at the end of a row lies after its last true position, so no true position ever sees it.
-        """
-        keys = torch.arange(length, device=self._device)
-        allowed = keys <= positions[:, None, :, None]
-        config = self._model.config
-        window = getattr(config, "sliding_window", None)
-        kinds = set(getattr(config, "layer_types", None) or ())
-        near = allowed if window is None else allowed & (keys > positions[:, None, :, None] - window)
-        if kinds:
-            return {"full_attention": self._additive(allowed), "sliding_attention": self._additive(near)}
-        return self._additive(near)
-
-    def _additive(self, allowed: Tensor) -> Tensor:
-        return torch.zeros(allowed.shape, dtype=self._dtype, device=self._device).masked_fill_(
-            ~allowed, torch.finfo(self._dtype).min
-        )
 
     @torch.no_grad()
     def _self_check(self) -> None:
@@ -277,6 +257,26 @@ class BatchedModel:
             f"the model {self._name!r} ({type(self._model).__name__}) cannot run with a shared KV cache: {reason}",
             hint="Decoder-only attention models work (Llama, Qwen, Mistral, ...); serve others behind an engine.",
         )
+
+
+def causal_masks(config: Any, positions: Tensor, length: int, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
+    """Additive causal masks (B x 1 x q x length) for new ids at `positions` (B x q), one per kind of layer.
+
+    Padding at the end of a row lies after its last true position, so no true position ever sees it.
+    """
+
+    def additive(allowed: Tensor) -> Tensor:
+        return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(
+            ~allowed, torch.finfo(dtype).min
+        )
+
+    keys = torch.arange(length, device=positions.device)
+    allowed = keys <= positions[:, None, :, None]
+    window = getattr(config, "sliding_window", None)
+    near = allowed if window is None else allowed & (keys > positions[:, None, :, None] - window)
+    if getattr(config, "layer_types", None):
+        return {"full_attention": additive(allowed), "sliding_attention": additive(near)}
+    return additive(near)
 
 
 def _common(left: list[int], right: list[int]) -> int:

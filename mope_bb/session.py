@@ -108,7 +108,7 @@ class Session:
     def __init__(self, config: Config, *, cache: DistributionCache | None) -> None:
         self.config = config
         self.roster = config.roster()
-        self._rule = build_rule(config.merge.rule, product_scale=config.merge.product_scale)
+        self._rule = self._build_rule(config.merge.rule)
         self._pool = ExpertPool(config.experts, cache=cache)
         self._cache = cache
         self._pcm = _open_pcm(config.pcm)
@@ -151,7 +151,7 @@ class Session:
 
     def plan(self, preference: PreferenceLike = None, *, merge: str | None = None) -> Plan:
         """Who would be asked for `preference`, and with which weights. Raises ConfigError."""
-        rule = self._rule if merge is None else build_rule(merge, product_scale=self._rule.product_scale)
+        rule = self._rule if merge is None else self._build_rule(merge)
         parsed = self._parse(preference)
         lambdas = self.roster.resolve(parsed, reads_text=self._pcm is not None and self._pcm.is_trained)
         return Plan(
@@ -161,6 +161,10 @@ class Session:
             base=self._base_for(rule),
             preference_text=describe_preference(parsed, self.config.dimension_texts()),
         )
+
+    def _build_rule(self, name: str) -> MergeRule:
+        merge = self.config.merge
+        return build_rule(name, product_scale=merge.product_scale, plausibility=merge.plausibility)
 
     def _parse(self, preference: PreferenceLike) -> Preference:
         if isinstance(preference, Preference):

@@ -122,6 +122,8 @@ class TokenStep:
     distributions, before temperature and top_p. None for the other rules, where no such bound holds."""
     floor_mass: float
     """Probability, under the merge, of the pieces that at least one expert did not list."""
+    entropy: float
+    """Of the distribution that `piece` was drawn from, in nats."""
     policy_version: int = 0
 
     def expert_logprob(self, expert: str) -> float | None:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from mope_bb.pcm.features import expert_features
-from mope_bb.pcm.mixture import MergeRule, align, fill_missing, missed_mass
+from mope_bb.pcm.gates import Gate
+from mope_bb.pcm.mixture import Lists, MergedLists, MergeRule, align, fill_missing, missed_mass
 from mope_bb.pcm.runner import Scorer
 from mope_bb.pcm.sampling import check_sampling, draw, shape_distribution
 from mope_bb.providers.pool import ExpertPool
@@ -41,6 +42,11 @@ class Plan:
         """Everyone who is asked, in the order of all E-sized fields of a TokenStep."""
         return (self.base, *self.experts) if self.base is not None and self.rule.needs_base else self.experts
 
+    @property
+    def log_lambda(self) -> Tensor:
+        """(E,) of the styled experts, float64."""
+        return torch.tensor(self.lambdas, dtype=torch.float64).log()
+
 
 @dataclass(frozen=True, slots=True)
 class Merged:
@@ -55,27 +61,36 @@ class Merged:
     floor_mass: float
 
 
-def merge_step(
-    plan: Plan, distributions: Sequence[TokenDistribution], head_scores: Tensor, feature_weights: Tensor
-) -> Merged:
-    """Merge what `plan.asked` said, given the PCM's scores (E,) and feature weights (F,). Raises AlignmentError."""
+def merge_lists(rule: MergeRule, lists: Lists, log_lambda: Tensor, head_scores: Tensor, gate: Gate) -> MergedLists:
+    """The one token step: experts' lists and scores (..., E) to the merged distribution. Differentiable.
+
+    Where the rule needs the base, `lists` has its row in front; `log_lambda` and `head_scores` never have one.
+    """
+    first = 1 if rule.needs_base else 0
+    filled = fill_missing(rule, lists.logprobs, lists.floors)
+    phi = expert_features(
+        lists.logprobs[..., first:, :], log_lambda, lists.tails[..., first:], filled[..., 0, :] if first else None
+    )
+    weights = rule.weights(log_lambda, gate.scores(head_scores, phi, torch.isfinite(log_lambda)))
+    return MergedLists(rule.merge(filled, weights), weights)
+
+
+def merge_step(plan: Plan, distributions: Sequence[TokenDistribution], head_scores: Tensor, gate: Gate) -> Merged:
+    """Merge what `plan.asked` said, given the PCM's scores (E,) and its gate. Raises AlignmentError."""
     candidates = align(distributions)
-    logprobs = torch.tensor(candidates.logprobs, dtype=torch.float64)
-    floors = torch.tensor(candidates.floors, dtype=torch.float64)
-    tails = torch.tensor(candidates.tails, dtype=torch.float64)
-    log_lambda = torch.tensor(plan.lambdas, dtype=torch.float64).log()
-    styled = slice(1 if plan.rule.needs_base else 0, None)
-    phi = expert_features(logprobs[styled], log_lambda, tails[styled])
-    scores = head_scores.double() + phi @ feature_weights.double()
-    weights = plan.rule.weights(log_lambda, scores)
-    log_pi = plan.rule.merge(fill_missing(plan.rule, logprobs, floors), weights)
-    unlisted = torch.isneginf(logprobs).any(dim=0)
+    lists = Lists(
+        torch.tensor(candidates.logprobs, dtype=torch.float64),
+        torch.tensor(candidates.floors, dtype=torch.float64),
+        torch.tensor(candidates.tails, dtype=torch.float64),
+    )
+    merged = merge_lists(plan.rule, lists, plan.log_lambda, head_scores.double(), gate)
+    unlisted = torch.isneginf(lists.logprobs).any(dim=0)
     return Merged(
         candidates,
-        log_pi,
-        weights,
-        missed_mass=float(missed_mass(weights, tails)) if plan.rule.name == "linear" else None,
-        floor_mass=float(log_pi.exp()[unlisted].sum()),
+        merged.log_pi,
+        merged.weights,
+        missed_mass=float(missed_mass(merged.weights, lists.tails)) if plan.rule.name == "linear" else None,
+        floor_mass=float(merged.log_pi.exp()[unlisted].sum()),
     )
 
 
@@ -92,7 +107,7 @@ async def decode(
     await pool.open(plan.asked)
     for _ in range(options.max_tokens):
         distributions, head_scores = await _both(pool, scorer, plan, context)
-        merged = merge_step(plan, distributions, head_scores, scorer.feature_weights)
+        merged = merge_step(plan, distributions, head_scores, scorer.gate)
         shaped = shape_distribution(merged.log_pi, temperature=options.temperature, top_p=options.top_p)
         index = draw(shaped, generator.random())
         step = TokenStep(
@@ -104,6 +119,7 @@ async def decode(
             weights=(*((0.0,) if plan.rule.needs_base else ()), *merged.weights.tolist()),
             missed_mass=merged.missed_mass,
             floor_mass=merged.floor_mass,
+            entropy=float(torch.special.entr(shaped.exp()).sum()),
             policy_version=scorer.policy_version,
         )
         yield step

@@ -1,7 +1,8 @@
 """What the experts just said, as numbers for the PCM: phi (E x F), a pure function of the recorded candidates.
 
-F = 3: the entropy of an expert's list in nats, its divergence from the user's mixture in nats, and its tail mass. None
-of them depends on the PCM's parameters, so learning recomputes them from a rollout.
+F = 3: the entropy of an expert's list in nats, its divergence in nats from the base where the rule asks it, else from
+the user's mixture, and its tail mass. None of them depends on the PCM's parameters, so learning recomputes them from a
+rollout.
 """
 
 from __future__ import annotations
@@ -14,15 +15,19 @@ from torch import Tensor
 FEATURES: Final = ("entropy", "divergence", "tail_mass")
 
 
-def expert_features(logprobs: Tensor, log_lambda: Tensor, tails: Tensor) -> Tensor:
+def expert_features(logprobs: Tensor, log_lambda: Tensor, tails: Tensor, base: Tensor | None = None) -> Tensor:
     """phi (..., E, F) from candidate logprobs (..., E, C), log lambda (..., E) and tail masses (..., E).
 
-    The divergence is KL(p_i || m) over the candidates with m = sum_i lambda_i p_i, both as returned.
+    The divergence is KL(p_i || m) over the candidates that i listed, with m = `base` (..., C), filled where it listed
+    nothing, or m = sum_i lambda_i p_i, both as returned.
     """
     probabilities = logprobs.exp()
-    mixture = torch.logsumexp(log_lambda[..., None] + logprobs, dim=-2, keepdim=True)
+    if base is None:
+        reference = torch.logsumexp(log_lambda[..., None] + logprobs, dim=-2, keepdim=True)
+    else:
+        reference = base[..., None, :]
     zero = torch.zeros_like(logprobs)
     listed = probabilities > 0
     entropy = -torch.where(listed, probabilities * logprobs, zero).sum(dim=-1)
-    divergence = torch.where(listed, probabilities * (logprobs - mixture), zero).sum(dim=-1)
+    divergence = torch.where(listed, probabilities * (logprobs - reference), zero).sum(dim=-1)
     return torch.stack((entropy, divergence, tails), dim=-1)

@@ -10,6 +10,11 @@ learning call the same functions. Logprobs are natural logs; -inf marks a candid
 Weights: alpha = softmax over the experts of (log lambda_i + s_i); beta_i = n lambda_i exp(c tanh s_i) with n experts
 asked. With all scores 0 these are the user's own weights, so an untrained PCM is the user's own mixture or product.
 
+The product amplifies what lists cannot show and what tiny probabilities get wrong: a ratio of two noises, to the power
+of beta. So only plausible candidates take part in it: those with at least `plausibility` times the largest probability
+under the even mixture of all that were asked, the base included (contrastive decoding's constraint, arXiv 2210.15097).
+That set does not depend on the PCM.
+
 After truncation the policy *is* the merge of the lists, normalised once over the candidates: each expert is never
 renormalised on its own, which would change the weights.
 """
@@ -41,6 +46,8 @@ class MergeRule:
     name: MergeRuleName = "linear"
     product_scale: float = 1.5
     """c of the product's weights: a trained PCM can multiply a weight by exp(-c) to exp(c)."""
+    plausibility: float = 0.1
+    """The product's cut, in [0, 1]; 0 lets every candidate take part."""
 
     @property
     def needs_base(self) -> bool:
@@ -48,9 +55,12 @@ class MergeRule:
         return self.name == "product"
 
     def weights(self, log_lambda: Tensor, scores: Tensor) -> Tensor:
-        """alpha (linear, geometric) or beta (product) of the styled experts, (..., E), from their scores (..., E)."""
+        """alpha (linear, geometric) or beta (product) of the styled experts, (..., E), from their scores (..., E).
+
+        An expert that is not asked has log lambda -inf, and weight 0 whatever its score.
+        """
         if self.name == "product":
-            num_experts = log_lambda.shape[-1]
+            num_experts = torch.isfinite(log_lambda).sum(dim=-1, keepdim=True)
             return num_experts * torch.exp(log_lambda + self.product_scale * torch.tanh(scores))
         return torch.softmax(log_lambda + scores, dim=-1)
 
@@ -58,23 +68,60 @@ class MergeRule:
         """Normalised log pi over the candidates, (..., C).
 
         `logprobs` is (..., E, C), filled by `fill_missing` for the rules that need a value everywhere; `weights` is
-        (..., E) from `weights`. For the product `logprobs` has one row more: the base comes first.
+        (..., E) from `weights`. Where the rule needs the base `logprobs` has one row more: the base comes first.
+        A candidate that is -inf for everyone is padding: it has probability 0.
         """
+        padding = torch.isneginf(logprobs).all(dim=-2)
+        # Any finite number will do there: with -inf for every expert the gradient would not be a number.
+        logprobs = logprobs.masked_fill(padding[..., None, :], 0.0)
+        merged = self._unnormalised(logprobs, weights).masked_fill(padding, -math.inf)
+        return torch.log_softmax(merged.masked_fill(self._implausible(logprobs, padding), -math.inf), dim=-1)
+
+    def _implausible(self, logprobs: Tensor, padding: Tensor) -> Tensor:
+        """Which candidates (..., C) the product leaves out."""
+        if self.name != "product" or self.plausibility == 0.0:
+            return padding
+        mixture = torch.logsumexp(logprobs, dim=-2).masked_fill(padding, -math.inf)
+        return mixture < mixture.amax(dim=-1, keepdim=True) + math.log(self.plausibility)
+
+    def _unnormalised(self, logprobs: Tensor, weights: Tensor) -> Tensor:
         if self.name == "linear":
-            merged = torch.logsumexp(weights.log()[..., None] + logprobs, dim=-2)
-        elif self.name == "geometric":
-            merged = (weights[..., None] * logprobs).sum(dim=-2)
-        else:
-            base = logprobs[..., 0, :]
-            merged = base + (weights[..., None] * (logprobs[..., 1:, :] - base[..., None, :])).sum(dim=-2)
-        return torch.log_softmax(merged, dim=-1)
+            # The clamp keeps the gradient finite where a weight is 0.
+            log_weights = weights.clamp_min(torch.finfo(weights.dtype).tiny).log().masked_fill(weights == 0, -math.inf)
+            return torch.logsumexp(log_weights[..., None] + logprobs, dim=-2)
+        if self.name == "geometric":
+            return (weights[..., None] * logprobs).sum(dim=-2)
+        base = logprobs[..., 0, :]
+        return base + (weights[..., None] * (logprobs[..., 1:, :] - base[..., None, :])).sum(dim=-2)
 
 
-def build_rule(name: str, *, product_scale: float = 1.5) -> MergeRule:
+@dataclass(frozen=True, eq=False)
+class Lists:
+    """What the experts said, as tensors; leading dimensions are allowed."""
+
+    logprobs: Tensor
+    """(..., E, C); -inf where a piece is not on that expert's list."""
+    floors: Tensor
+    """(..., E); see `TokenDistribution.floor`."""
+    tails: Tensor
+    """(..., E)."""
+
+
+@dataclass(frozen=True, eq=False)
+class MergedLists:
+    """What came of them."""
+
+    log_pi: Tensor
+    """(..., C), before temperature and top_p."""
+    weights: Tensor
+    """(..., E) of the styled experts."""
+
+
+def build_rule(name: str, *, product_scale: float = 1.5, plausibility: float = 0.1) -> MergeRule:
     """The rule called `name`. Raises ConfigError."""
     if name not in ("linear", "geometric", "product"):
         raise ConfigError(f"unknown merge rule {name!r}", hint="Known: linear, geometric, product.")
-    return MergeRule(cast(MergeRuleName, name), product_scale)
+    return MergeRule(cast(MergeRuleName, name), product_scale, plausibility)
 
 
 def align(distributions: Sequence[TokenDistribution]) -> Candidates:
@@ -120,7 +167,9 @@ def fill_missing(rule: MergeRule, logprobs: Tensor, floors: Tensor) -> Tensor:
     """
     if rule.name == "linear":
         return logprobs
-    return torch.where(torch.isneginf(logprobs), floors.clamp_min(IMPOSSIBLE)[..., None], logprobs)
+    missing = torch.isneginf(logprobs)
+    padding = missing.all(dim=-2, keepdim=True)
+    return torch.where(missing & ~padding, floors.clamp_min(IMPOSSIBLE)[..., None], logprobs)
 
 
 def missed_mass(weights: Tensor, tails: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mope_bb.inference import BatchedModel
-from mope_bb.pcm.features import FEATURES
+from mope_bb.pcm.gates import Gate, LinearGate
 from mope_bb.pcm.model import PreferenceControlModel
 from mope_bb.types import Context, Message, Piece
 
@@ -28,8 +28,8 @@ class Scorer(ABC):
     policy_version: int = 0
     reads_text: bool = False
     """Whether a preference given as a sentence has an effect."""
-    feature_weights: Tensor = torch.zeros(len(FEATURES))
-    """u, (F,)."""
+    gate: Gate = LinearGate()
+    """From head scores and the experts' features to scores."""
 
     @abstractmethod
     async def head_scores(self, context: Context, preference_text: str, experts: Sequence[str]) -> Tensor:
@@ -53,7 +53,7 @@ class PcmScorer(Scorer):
         """`expert_fingerprint` is that of the experts' tokenizer: if it is the PCM's own, ids are taken as they are."""
         self.policy_version = pcm.policy_version
         self.reads_text = pcm.is_trained
-        self.feature_weights = pcm.feature_weights
+        self.gate = LinearGate(pcm.feature_weights)
         self._pcm = pcm
         self._row_of = {name: row for row, name in enumerate(pcm.experts)}
         self._runner = BatchedModel(pcm.model, name="pcm", is_lm=False)
@@ -100,6 +100,24 @@ def build_pcm_messages(preference_text: str, messages: Sequence[Message]) -> tup
     own = [message.content for message in messages if message.role == "system"]
     rest = [message for message in messages if message.role != "system"]
     return (Message("system", "\n\n".join([preference_text, *own])), *rest)
+
+
+def response_ids(pcm: PreferenceControlModel, response: Sequence[Piece], *, same_ids: bool) -> list[list[int]]:
+    """The ids by which the PCM's text grows with each piece, one list per piece.
+
+    `same_ids`: the experts' tokenizer is the PCM's own. Else they are those of the text that became whole.
+    """
+    grown: list[list[int]] = []
+    waiting: list[Piece] = []
+    for piece in response:
+        if same_ids:
+            grown.append([] if piece.token_id is None else [piece.token_id])
+            continue
+        before = sum(map(len, complete_texts(waiting)))
+        waiting.append(piece)
+        new = "".join(complete_texts(waiting))[before:]
+        grown.append(list(pcm.tokenizer.encode_text(new)) if new else [])
+    return grown
 
 
 def complete_texts(response: Sequence[Piece]) -> list[str]:

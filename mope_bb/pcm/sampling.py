@@ -33,27 +33,32 @@ def check_sampling(options: SamplingOptions) -> None:
 
 
 def shape_distribution(log_pi: Tensor, *, temperature: float, top_p: float) -> Tensor:
-    """log pi (C) after temperature and then top_p, normalised; temperature 0 puts everything on the first maximum.
+    """log pi (..., C) after temperature, then top_p, normalised; temperature 0 puts everything on the first maximum.
 
     top_p keeps the smallest set of most probable candidates whose mass reaches top_p.
     """
     if temperature == 0.0:
-        shaped = torch.full_like(log_pi, -torch.inf)
-        shaped[int(log_pi.argmax())] = 0.0
-        return shaped
+        best = log_pi.argmax(dim=-1, keepdim=True)
+        return torch.full_like(log_pi, -torch.inf).scatter(-1, best, 0.0)
     shaped = torch.log_softmax(log_pi / temperature, dim=-1) if temperature != 1.0 else log_pi
     if top_p < 1.0:
         ranked, order = torch.sort(shaped, descending=True, stable=True)
         before = ranked.exp().cumsum(dim=-1) - ranked.exp()
-        shaped = shaped.index_fill(-1, order[before >= top_p], -torch.inf)
-        shaped = torch.log_softmax(shaped, dim=-1)
+        is_cut = torch.zeros_like(before, dtype=torch.bool).scatter(-1, order, before >= top_p)
+        shaped = torch.log_softmax(shaped.masked_fill(is_cut, -torch.inf), dim=-1)
     return shaped
 
 
 def draw(log_pi: Tensor, uniform: float) -> int:
     """The candidate at which the cumulative probability passes `uniform` in [0, 1): one number, one draw."""
+    return int(draw_rows(log_pi[None], torch.tensor([uniform], dtype=torch.float64)))
+
+
+def draw_rows(log_pi: Tensor, uniforms: Tensor) -> Tensor:
+    """`draw` for every row: (B,) from log pi (B, C) and one number each, (B,) float64."""
     cumulative = log_pi.double().exp().cumsum(dim=-1)
-    index = int(torch.searchsorted(cumulative, uniform * float(cumulative[-1]), right=True))
+    index = torch.searchsorted(cumulative, uniforms[:, None] * cumulative[:, -1:], right=True)[:, 0]
     # Rounding may leave the very last step short: the last candidate with any probability is meant.
-    possible = torch.nonzero(log_pi > -torch.inf)
-    return min(index, int(possible[-1]))
+    places = torch.arange(log_pi.shape[-1], device=log_pi.device)
+    last = torch.where(log_pi > -torch.inf, places, 0).amax(dim=-1)
+    return torch.minimum(index, last)

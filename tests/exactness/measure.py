@@ -11,7 +11,7 @@ import torch
 
 from mope_bb.config import Config, parse_config
 from mope_bb.pcm.decode import Plan, decode, merge_step
-from mope_bb.pcm.features import FEATURES
+from mope_bb.pcm.gates import LinearGate
 from mope_bb.pcm.mixture import build_rule
 from mope_bb.pcm.runner import UserWeights
 from mope_bb.providers.pool import ExpertPool
@@ -135,12 +135,12 @@ class Measurement:
             self.result.num_steps_not_ascii += any(byte > 127 for byte in seen)
 
     def _plan(self, rule: str, lambdas: dict[str, float]) -> Plan:
-        return Plan(build_rule(rule), tuple(lambdas), tuple(lambdas.values()), "base", "")
+        return Plan(build_rule(rule, plausibility=0.0), tuple(lambdas), tuple(lambdas.values()), "base", "")
 
     def _merged(self, rule: str, told: Sequence[TokenDistribution], lambdas: dict[str, float]) -> tuple[Array, float]:
         plan = self._plan(rule, lambdas)
         asked = told if plan.rule.needs_base else told[-len(lambdas) :]
-        merged = merge_step(plan, asked, torch.zeros(len(lambdas)), torch.zeros(len(FEATURES)))
+        merged = merge_step(plan, asked, torch.zeros(len(lambdas)), LinearGate())
         dense = np.zeros(self._vocab_size)
         for piece, value in zip(merged.candidates.pieces, merged.log_pi.exp().tolist(), strict=True):
             dense[self._end_id if piece == END else piece.token_id] = value

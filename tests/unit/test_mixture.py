@@ -17,11 +17,12 @@ from torch import Tensor
 from mope_bb.errors import AlignmentError, ConfigError
 from mope_bb.pcm.decode import Plan, merge_step
 from mope_bb.pcm.features import FEATURES, expert_features
+from mope_bb.pcm.gates import LinearGate
 from mope_bb.pcm.mixture import MergeRule, align, build_rule, carriers, fill_missing, missed_mass
 from mope_bb.providers.base import build_distribution
 from mope_bb.types import END, Piece, TokenDistribution
 
-RULES = (MergeRule("linear"), MergeRule("geometric"), MergeRule("product"))
+RULES = (MergeRule("linear"), MergeRule("geometric"), MergeRule("product", plausibility=0.0))
 every_rule = pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
 Array = NDArray[np.float64]
 
@@ -106,7 +107,7 @@ def test_truncated_merge_sums_to_one(rule: MergeRule, case: Case) -> None:
     """Lists of different pieces and lengths also merge into one distribution."""
     k = int(case.rng.integers(1, case.probs.shape[1] + 1))
     lists = [top_k(row, k, vocab_size=case.probs.shape[1]) for row in case.rows(rule)]
-    found = merge_step(plan_of(rule, case.lambdas.tolist()), lists, torch.from_numpy(case.scores), torch.zeros(3))
+    found = merge_step(plan_of(rule, case.lambdas.tolist()), lists, torch.from_numpy(case.scores), LinearGate())
     assert float(found.log_pi.exp().sum()) == pytest.approx(1.0, abs=1e-12)
     assert 0.0 <= found.floor_mass <= 1.0 + 1e-12
 
@@ -122,7 +123,7 @@ def test_order_of_experts_does_not_matter(rule: MergeRule, case: Case) -> None:
         rows = [*([case.probs[0]] if rule.needs_base else []), *(case.probs[1 + i] for i in indices)]
         lists = [top_k(row, k, vocab_size=20) for row in rows]
         scores = torch.tensor([case.scores[i] for i in indices])
-        found = merge_step(plan_of(rule, [case.lambdas[i] for i in indices]), lists, scores, torch.zeros(3))
+        found = merge_step(plan_of(rule, [case.lambdas[i] for i in indices]), lists, scores, LinearGate())
         return found.candidates.pieces, found.log_pi
 
     (pieces, first), (permuted_pieces, second) = run(range(len(order))), run(order.tolist())
@@ -203,7 +204,7 @@ def test_merge_step_equals_the_dense_oracle(rule: MergeRule, case: Case) -> None
     """On whole vocabularies, in any order of the lists, the merge is the rule's definition."""
     vocab = case.probs.shape[1]
     lists = [top_k(row, vocab, vocab_size=vocab) for row in case.rows(rule)]
-    found = merge_step(plan_of(rule, case.lambdas.tolist()), lists, torch.from_numpy(case.scores), torch.zeros(3))
+    found = merge_step(plan_of(rule, case.lambdas.tolist()), lists, torch.from_numpy(case.scores), LinearGate())
     assert [piece.token_id for piece in found.candidates.pieces] == list(range(vocab))
     np.testing.assert_allclose(found.log_pi.exp().numpy(), oracle(rule, case), rtol=1e-9, atol=1e-12)
     assert found.floor_mass == 0.0
@@ -211,7 +212,7 @@ def test_merge_step_equals_the_dense_oracle(rule: MergeRule, case: Case) -> None
 
 def test_product_scale_bounds_the_weights() -> None:
     """A PCM multiplies beta by at most exp(c), whatever its score."""
-    rule = build_rule("product", product_scale=0.7)
+    rule = build_rule("product", product_scale=0.7, plausibility=0.0)
     weights = rule.weights(torch.tensor([0.5, 0.5]).log(), torch.tensor([1e6, -1e6]))
     np.testing.assert_allclose(weights.numpy(), [math.exp(0.7), math.exp(-0.7)], rtol=1e-6)
 
@@ -228,7 +229,7 @@ def test_linear_truncation_is_within_missed_mass(case: Case, data: st.DataObject
     rule, vocab = RULES[0], case.probs.shape[1]
     ks = [data.draw(st.integers(1, vocab)) for _ in case.lambdas]
     lists = [top_k(row, k) for row, k in zip(case.probs[1:], ks, strict=True)]
-    found = merge_step(plan_of(rule, case.lambdas.tolist()), lists, torch.from_numpy(case.scores), torch.zeros(3))
+    found = merge_step(plan_of(rule, case.lambdas.tolist()), lists, torch.from_numpy(case.scores), LinearGate())
     truncated = np.zeros(vocab)
     for piece, value in zip(found.candidates.pieces, found.log_pi.exp().tolist(), strict=True):
         assert piece.token_id is not None
@@ -242,7 +243,7 @@ def test_missed_mass_bound_is_tight() -> None:
     """Where all tails lie outside the candidates the distance is the bound itself: no smaller one would hold."""
     first, second = np.array([0.4, 0.2, 0.2, 0.2]), np.array([0.7, 0.1, 0.1, 0.1])
     found = merge_step(
-        plan_of(RULES[0], [0.25, 0.75]), [top_k(first, 1), top_k(second, 1)], torch.zeros(2), torch.zeros(3)
+        plan_of(RULES[0], [0.25, 0.75]), [top_k(first, 1), top_k(second, 1)], torch.zeros(2), LinearGate()
     )
     distance = 0.5 * np.abs(np.array([1.0, 0, 0, 0]) - (0.25 * first + 0.75 * second)).sum()
     assert found.missed_mass == pytest.approx(0.25 * 0.6 + 0.75 * 0.3)
@@ -254,7 +255,7 @@ def test_missed_mass_is_none_for_rules_without_a_bound() -> None:
     rows = [top_k(np.array([0.6, 0.4]), 1)] * 2
     for rule, expected in zip(RULES, (True, False, False), strict=True):
         lambdas = [1.0] if rule.needs_base else [0.5, 0.5]
-        found = merge_step(plan_of(rule, lambdas), rows, torch.zeros(len(lambdas)), torch.zeros(3))
+        found = merge_step(plan_of(rule, lambdas), rows, torch.zeros(len(lambdas)), LinearGate())
         assert (found.missed_mass is not None) is expected
 
 
@@ -412,7 +413,7 @@ def test_product_survives_a_base_that_is_certain(vocab_size: int | None) -> None
     """A base sure of one piece (sum 1 by rounding) must not turn what it did not list into the answer."""
     base = TokenDistribution((A, B), (0.0, -20.0), vocab_size)  # probability 1 to float32's digits
     styled = [TokenDistribution((A, C), (-1e-7, -18.0), vocab_size)] * 2
-    found = merge_step(plan_of(RULES[2], [0.5, 0.5]), [base, *styled], torch.zeros(2), torch.zeros(3))
+    found = merge_step(plan_of(RULES[2], [0.5, 0.5]), [base, *styled], torch.zeros(2), LinearGate())
     assert float(found.log_pi.exp()[found.candidates.pieces.index(A)]) > 0.99
 
 
@@ -437,12 +438,15 @@ def test_feature_weights_enter_the_scores(rule: MergeRule, case: Case) -> None:
     vocab = case.probs.shape[1]
     lists = [top_k(row, max(1, vocab // 2)) for row in case.rows(rule)]
     plan, head, u = plan_of(rule, case.lambdas.tolist()), torch.from_numpy(case.scores), torch.tensor([0.5, -0.3, 0.2])
-    found = merge_step(plan, lists, head, u)
+    found = merge_step(plan, lists, head, LinearGate(u))
     styled = slice(1 if rule.needs_base else 0, None)
+    rows = torch.tensor(found.candidates.logprobs).double()
+    filled = fill_missing(rule, rows, torch.tensor(found.candidates.floors).double())
     phi = expert_features(
-        torch.tensor(found.candidates.logprobs).double()[styled],
+        rows[styled],
         torch.from_numpy(case.lambdas).log(),
         torch.tensor(found.candidates.tails).double()[styled],
+        filled[0] if rule.needs_base else None,
     )
-    again = merge_step(plan, lists, head + phi @ u.double(), torch.zeros(3))
+    again = merge_step(plan, lists, head + phi @ u.double(), LinearGate())
     torch.testing.assert_close(found.log_pi, again.log_pi, rtol=1e-6, atol=1e-6)

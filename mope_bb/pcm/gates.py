@@ -1,0 +1,52 @@
+"""From what the PCM and the experts say to one score per expert: pure functions, called by sampling and learning alike.
+
+Shapes: E experts, F features; leading batch dimensions are allowed in front of all of them.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Final, Literal
+
+import torch
+from torch import Tensor
+
+from mope_bb.pcm.features import FEATURES
+
+SIGN: Final = {"entropy": -1.0, "divergence": 1.0}
+
+
+class Gate(ABC):
+    """Scores of the experts; 0 leaves the user's own weight as it is."""
+
+    @abstractmethod
+    def scores(self, head_scores: Tensor, phi: Tensor, asked: Tensor) -> Tensor:
+        """(..., E) from the PCM's head (..., E), the experts' features (..., E, F) and who was asked (..., E)."""
+
+
+@dataclass(frozen=True, eq=False)
+class LinearGate(Gate):
+    """s_i = head_i + u . phi_i, the PCM's own."""
+
+    feature_weights: Tensor = field(default_factory=lambda: torch.zeros(len(FEATURES)))
+    """u, (F,)."""
+
+    def scores(self, head_scores: Tensor, phi: Tensor, asked: Tensor) -> Tensor:
+        return head_scores + phi @ self.feature_weights.to(phi.dtype)
+
+
+@dataclass(frozen=True)
+class Router(Gate):
+    """Gives each step to one expert: the one with the smallest entropy, or the largest divergence. Needs no training.
+
+    With the linear rule its weight is then 1.
+    """
+
+    feature: Literal["entropy", "divergence"]
+
+    def scores(self, head_scores: Tensor, phi: Tensor, asked: Tensor) -> Tensor:
+        value = SIGN[self.feature] * phi[..., FEATURES.index(self.feature)]
+        chosen = value.masked_fill(~asked, -math.inf).argmax(dim=-1, keepdim=True)
+        return torch.full_like(value, -math.inf).scatter(-1, chosen, 0.0)

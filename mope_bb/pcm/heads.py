@@ -1,0 +1,97 @@
+"""Head scores of many open answers at once: what a PCM, or nothing at all, says about each expert.
+
+Shapes: B open answers, N experts in the columns.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mope_bb.pcm.gates import Gate, LinearGate
+from mope_bb.pcm.model import PreferenceControlModel
+from mope_bb.pcm.rollouts import RolloutRequest
+from mope_bb.pcm.runner import build_pcm_messages
+from mope_bb.row_batch import RowBatch
+
+
+class HeadRows(ABC):
+    """Head scores of many open answers, a row each."""
+
+    gate: Gate = LinearGate()
+    policy_version: int = 0
+
+    @abstractmethod
+    def start(self, requests: Sequence[RolloutRequest], names: Sequence[str]) -> Tensor:
+        """(B, N) before the first piece; columns are `names`."""
+
+    @abstractmethod
+    def advance(self, ids: Tensor) -> Tensor:
+        """(B, N) after each row's next id, (B,)."""
+
+    @abstractmethod
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows only."""
+
+
+class NoHead(HeadRows):
+    """Scores of 0: the user's own weights, or a gate that reads only what the experts say."""
+
+    def __init__(self, gate: Gate | None = None) -> None:
+        self.gate = gate or LinearGate()
+        self._shape = (0, 0)
+
+    def start(self, requests: Sequence[RolloutRequest], names: Sequence[str]) -> Tensor:
+        self._shape = (len(requests), len(names))
+        return torch.zeros(self._shape)
+
+    def advance(self, ids: Tensor) -> Tensor:
+        return torch.zeros(self._shape)
+
+    def keep(self, rows: Tensor) -> None:
+        self._shape = (len(rows), self._shape[1])
+
+
+class PcmRows(HeadRows):
+    """A PCM whose tokenizer is the experts' own."""
+
+    def __init__(self, pcm: PreferenceControlModel) -> None:
+        self._pcm = pcm
+        self._batch = RowBatch(pcm.model)
+        self._columns = torch.zeros(0, dtype=torch.long)
+
+    @property
+    def gate(self) -> Gate:  # type: ignore[override]  # read when it is used: training changes it
+        """The PCM's present gate."""
+        return LinearGate(self._pcm.feature_weights.detach())
+
+    @property
+    def policy_version(self) -> int:  # type: ignore[override]
+        """The PCM's present version."""
+        return self._pcm.policy_version
+
+    def start(self, requests: Sequence[RolloutRequest], names: Sequence[str]) -> Tensor:
+        self._batch = RowBatch(self._pcm.model)
+        # An expert that the PCM does not know has score 0: the column of zeros behind its own.
+        unknown = len(self._pcm.experts)
+        rows = {name: row for row, name in enumerate(self._pcm.experts)}
+        self._columns = torch.tensor([rows.get(name, unknown) for name in names])
+        prompts = [pcm_prompt_ids(self._pcm, request) for request in requests]
+        return self._scores(self._batch.start(prompts))
+
+    def advance(self, ids: Tensor) -> Tensor:
+        return self._scores(self._batch.advance(ids))
+
+    def keep(self, rows: Tensor) -> None:
+        self._batch.keep(rows)
+
+    def _scores(self, outputs: Tensor) -> Tensor:
+        return torch.nn.functional.pad(outputs.cpu(), (0, 1))[:, self._columns]
+
+
+def pcm_prompt_ids(pcm: PreferenceControlModel, request: RolloutRequest) -> tuple[int, ...]:
+    """What the PCM reads before the answer."""
+    return pcm.tokenizer.encode_chat(build_pcm_messages(request.plan.preference_text, request.messages))

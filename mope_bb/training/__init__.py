@@ -1,0 +1,1 @@
+"""Everything that changes the Preference Control Model."""

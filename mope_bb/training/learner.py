@@ -1,0 +1,236 @@
+"""The learner: recomputes log pi of recorded rollouts for the present PCM, and moves the PCM. It calls no expert.
+
+Shapes: B rollouts, N = all their steps, E experts (padded to the most that any rollout asked; the base in front where
+the rule needs it), C candidates, L PCM ids.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mope_bb.errors import TrainingError
+from mope_bb.pcm.decode import merge_lists
+from mope_bb.pcm.gates import LinearGate
+from mope_bb.pcm.mixture import IMPOSSIBLE, Lists, MergedLists, MergeRule
+from mope_bb.pcm.model import PreferenceControlModel
+from mope_bb.pcm.rollouts import Rollout
+from mope_bb.pcm.runner import build_pcm_messages, response_ids
+from mope_bb.training.rebel import RebelInputs, RebelOutputs, effective_sample_share, rebel_loss
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Two independent rollouts of one prompt and preference, with their rewards."""
+
+    first: Rollout
+    second: Rollout
+    rewards: tuple[float, float]
+
+
+@dataclass(frozen=True, slots=True)
+class LearnerOptions:
+    """Named as in Hugging Face's TrainingArguments where the thing is the same."""
+
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.0
+    adam_betas: tuple[float, float] = (0.9, 0.95)
+    max_grad_norm: float = 1.0
+    warmup_steps: int = 3
+    lr_scheduler_type: str = "cosine"
+    """cosine, linear or constant."""
+    max_steps: int = 60
+    """Batches of the run; the schedule ends with them."""
+    num_epochs: int = 2
+    """Passes over the window at each batch."""
+    per_device_train_batch_size: int = 32
+    """Pairs of one optimiser step."""
+    lora_rank: int = 0
+    """Train a LoRA adapter of this rank on the backbone; 0 trains all weights."""
+    feature_learning_rate: float | None = None
+    """Of the experts' features; None = `learning_rate` times 10."""
+
+
+@dataclass(frozen=True, slots=True)
+class LearnerReport:
+    """What one batch did."""
+
+    loss: float
+    """Mean over the optimiser steps, before each."""
+    grad_norm: float
+    """Largest, before clipping."""
+    learning_rate: float
+    sign_align: float
+    """After the batch, on its own pairs."""
+    approx_kl: float
+    """Mean log pi_old - log pi per answer, after the batch, in nats."""
+    effective_samples: float
+    """Share of the answers, after the batch."""
+    num_optimizer_steps: int
+
+
+class Recorded:
+    """Rollouts as tensors, all steps behind each other."""
+
+    def __init__(self, rollouts: Sequence[Rollout], pcm: PreferenceControlModel, *, same_ids: bool = True) -> None:
+        plans = [rollout.request.plan for rollout in rollouts]
+        self.rule: MergeRule = plans[0].rule
+        first = 1 if self.rule.needs_base else 0
+        num_experts = max(len(plan.experts) for plan in plans)
+        lengths = [len(rollout) for rollout in rollouts]
+        width = max(rollout.lists.logprobs.shape[2] for rollout in rollouts)
+        shape = (sum(lengths), num_experts + first)
+        logprobs = torch.full((*shape, width), -math.inf)
+        floors, tails = torch.full(shape, IMPOSSIBLE), torch.zeros(shape)
+        self.log_lambda = torch.full((shape[0], num_experts), -math.inf)
+        # Rows of the PCM's head; an expert that it does not know, or padding, reads the zero behind them.
+        self.head_rows = torch.full((shape[0], num_experts), len(pcm.experts))
+        known = {name: row for row, name in enumerate(pcm.experts)}
+        start = 0
+        for rollout, plan, length in zip(rollouts, plans, lengths, strict=True):
+            steps, used = slice(start, start + length), rollout.lists.logprobs.shape
+            logprobs[steps, : used[1], : used[2]] = rollout.lists.logprobs
+            floors[steps, : used[1]], tails[steps, : used[1]] = rollout.lists.floors, rollout.lists.tails
+            self.log_lambda[steps, : len(plan.experts)] = plan.log_lambda.float()
+            rows = [known.get(name, len(pcm.experts)) for name in plan.experts]
+            self.head_rows[steps, : len(rows)] = torch.tensor(rows)
+            start += length
+        self.lists = Lists(logprobs, floors, tails)
+        self.index = torch.cat([rollout.index for rollout in rollouts])
+        self.rollout_of = torch.repeat_interleave(torch.arange(len(rollouts)), torch.tensor(lengths))
+        self.old_logprobs = torch.cat([rollout.logprobs for rollout in rollouts])
+        self._set_ids(rollouts, pcm, same_ids)
+
+    def _set_ids(self, rollouts: Sequence[Rollout], pcm: PreferenceControlModel, same_ids: bool) -> None:
+        """PCM ids (B, L), padded behind, and for each step the position whose output gave its scores, (N,)."""
+        sequences: list[list[int]] = []
+        positions: list[int] = []
+        for rollout in rollouts:
+            request = rollout.request
+            prompt = pcm.tokenizer.encode_chat(build_pcm_messages(request.plan.preference_text, request.messages))
+            ids = list(prompt)
+            for ends in response_ids(pcm, rollout.pieces[:-1], same_ids=same_ids):
+                positions.append(len(ids) - 1)
+                ids += ends
+            positions.append(len(ids) - 1)
+            sequences.append(ids)
+        width = max(map(len, sequences))
+        self.ids = torch.tensor([ids + [0] * (width - len(ids)) for ids in sequences])
+        self.mask = torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids in sequences])
+        self.positions = torch.tensor(positions)
+
+
+def recompute(pcm: PreferenceControlModel, recorded: Recorded) -> tuple[Tensor, MergedLists]:
+    """log pi of every drawn piece under the present PCM, (N,), and the merge it came from. Differentiable."""
+    device = next(pcm.model.parameters()).device
+    outputs = pcm.model(
+        input_ids=recorded.ids.to(device), attention_mask=recorded.mask.to(device), use_cache=False
+    ).logits
+    rows = outputs[recorded.rollout_of.to(device), recorded.positions.to(device)].float().cpu()
+    head = nn.functional.pad(rows, (0, 1)).gather(1, recorded.head_rows)
+    merged = merge_lists(recorded.rule, recorded.lists, recorded.log_lambda, head, LinearGate(pcm.feature_weights))
+    return merged.log_pi.gather(1, recorded.index[:, None])[:, 0], merged
+
+
+def sum_by_rollout(values: Tensor, recorded: Recorded) -> Tensor:
+    """(B,) from (N,)."""
+    return torch.zeros(len(recorded.ids), dtype=values.dtype).index_add(0, recorded.rollout_of, values)
+
+
+class Learner:
+    """Optimiser and schedule around one PCM."""
+
+    def __init__(self, pcm: PreferenceControlModel, options: LearnerOptions, *, eta: float) -> None:
+        self.pcm = pcm
+        self.eta = eta
+        self._options = options
+        # A leaf of its own: whatever tensor was loaded.
+        pcm.feature_weights = pcm.feature_weights.detach().clone().requires_grad_()
+        trained = [parameter for parameter in pcm.model.parameters() if parameter.requires_grad]
+        feature_rate = options.feature_learning_rate
+        groups: list[dict[str, Any]] = [
+            {"params": trained, "lr": options.learning_rate},
+            {
+                "params": [pcm.feature_weights],
+                "lr": 10 * options.learning_rate if feature_rate is None else feature_rate,
+                "weight_decay": 0.0,
+            },
+        ]
+        self._parameters = [*trained, pcm.feature_weights]
+        self._optimizer = torch.optim.AdamW(
+            groups, lr=options.learning_rate, betas=options.adam_betas, weight_decay=options.weight_decay
+        )
+        self._schedule = torch.optim.lr_scheduler.LambdaLR(self._optimizer, self._rate)
+
+    def _rate(self, step: int) -> float:
+        options = self._options
+        if step < options.warmup_steps:
+            return (step + 1) / (options.warmup_steps + 1)
+        share = (step - options.warmup_steps) / max(1, options.max_steps - options.warmup_steps)
+        if options.lr_scheduler_type == "cosine":
+            return 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
+        return 1 - min(1.0, share) if options.lr_scheduler_type == "linear" else 1.0
+
+    def step(self, pairs: Sequence[Pair], *, seed: int) -> LearnerReport:
+        """Learn from `pairs` (the window: this batch and, if wanted, earlier ones). Raises TrainingError."""
+        options = self._options
+        generator = torch.Generator().manual_seed(seed)
+        losses, norms = [], []
+        for _ in range(options.num_epochs):
+            order = torch.randperm(len(pairs), generator=generator).tolist()
+            for first in range(0, len(order), options.per_device_train_batch_size):
+                chosen = [pairs[i] for i in order[first : first + options.per_device_train_batch_size]]
+                outputs, _ = self._evaluate(chosen)
+                norm = self._update(outputs.loss)
+                losses.append(float(outputs.loss.detach()))
+                norms.append(norm)
+        rate = float(self._schedule.get_last_lr()[0])
+        self._schedule.step()
+        self.pcm.policy_version += 1
+        with torch.no_grad():
+            after, log_ratios = self._evaluate(pairs)
+        return LearnerReport(
+            loss=sum(losses) / len(losses),
+            grad_norm=max(norms),
+            learning_rate=rate,
+            sign_align=after.sign_align,
+            approx_kl=float(-log_ratios.mean()),
+            effective_samples=effective_sample_share(log_ratios),
+            num_optimizer_steps=len(losses),
+        )
+
+    def _evaluate(self, pairs: Sequence[Pair]) -> tuple[RebelOutputs, Tensor]:
+        recorded = Recorded([rollout for pair in pairs for rollout in (pair.first, pair.second)], self.pcm)
+        logprobs, _ = recompute(self.pcm, recorded)
+        new = sum_by_rollout(logprobs, recorded).reshape(-1, 2)
+        old = sum_by_rollout(recorded.old_logprobs, recorded).float().reshape(-1, 2)
+        rewards = torch.tensor([pair.rewards for pair in pairs])
+        return rebel_loss(RebelInputs(new, old, rewards), eta=self.eta), (new - old).detach()
+
+    def _update(self, loss: Tensor) -> float:
+        self._optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        norm = float(nn.utils.clip_grad_norm_(self._parameters, self._options.max_grad_norm))
+        if not math.isfinite(norm):
+            raise TrainingError(
+                f"the gradient is {norm} (loss {float(loss):.3g}); the weights were not changed",
+                hint="Lower `learning_rate`, or look for extreme rewards in metrics.jsonl.",
+            )
+        self._optimizer.step()
+        return norm
+
+
+@contextmanager
+def training_mode(pcm: PreferenceControlModel) -> Iterator[None]:
+    """Nothing in a PCM is random, so train and eval mode compute the same; gradient checkpointing looks at the mode."""
+    pcm.model.train()
+    try:
+        yield
+    finally:
+        pcm.model.eval()
