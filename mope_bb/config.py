@@ -52,24 +52,54 @@ class ExpertConfig(_Section):
     """`scripted` only: at each position text = probability; "<end>" ends the answer."""
 
 
+class RewardConfig(_Section):
+    """The `reward` of one `[dimensions.NAME]` table: who scores answers in this dimension."""
+
+    kind: Literal["classifier", "function"]
+    path: str | None = None
+    """`classifier` only: the folder or hub name of a Hugging Face sequence classifier with one label."""
+    function: Annotated[str, Field(pattern=r"^[\w.]+:\w+$")] | None = None
+    """`function` only: the import path of a Python function, "package.module:name"."""
+    device: str = "auto"
+    """`classifier` only: auto, cpu, cuda or mps."""
+    batch_size: Annotated[int, Field(ge=1)] = 64
+    """`classifier` only: conversations in one forward."""
+
+    @model_validator(mode="after")
+    def _check_kind(self) -> Self:
+        wanted, other = ("path", "function") if self.kind == "classifier" else ("function", "path")
+        if getattr(self, wanted) is None:
+            raise ValueError(f"a reward of kind {self.kind!r} needs `{wanted}`")
+        if getattr(self, other) is not None:
+            raise ValueError(f"a reward of kind {self.kind!r} has no `{other}`")
+        return self
+
+
 class DimensionConfig(_Section):
     """One `[dimensions.NAME]` table."""
 
     text: str | None = None
     """The sentence by which the PCM reads this dimension."""
+    wordings: tuple[str, ...] = ()
+    """Sentences in which users ask for it; training draws preferences in words from them."""
+    reward: RewardConfig | None = None
+    """Who scores answers in this dimension; training and evaluation need it."""
 
 
 class PcmConfig(_Section):
     """The `[pcm]` table. Without a path the user's own weights act, untrained."""
 
     path: str | None = None
+    backbone: str | None = None
+    """A causal Hugging Face model on which `train` builds a new PCM where there is no path."""
     device: str = "auto"
 
 
 class MergeConfig(_Section):
     """The `[merge]` table."""
 
-    rule: MergeRuleName = "linear"
+    rule: MergeRuleName | None = None
+    """Default: the rule that the PCM was trained for, else linear."""
     product_scale: Annotated[float, Field(ge=0)] = 1.5
     """c in beta_i = n lambda_i exp(c tanh s_i)."""
     plausibility: Annotated[float, Field(ge=0, le=1)] = 0.1
@@ -85,6 +115,70 @@ class CacheConfig(_Section):
     """When the cache is this large nothing more is written; nothing is ever deleted silently."""
 
 
+Share = Annotated[float, Field(ge=0)]
+
+
+class PreferenceMixConfig(_Section):
+    """The `[train.preferences]` table: which preferences a run draws."""
+
+    axes: tuple[tuple[Name, ...], ...] = ()
+    """Dimensions of which a preference takes at most one, such as ["simple", "technical"]; default: each its own."""
+    leave_out: tuple[tuple[Name, ...], ...] = ()
+    """Combinations that are never drawn, to be tested on later."""
+    sizes: tuple[Share, Share, Share] = (0.15, 0.25, 0.6)
+    """Shares of one, two and three dimensions."""
+    names: Share = 0.5
+    """Share of preferences given as names of equal weight,"""
+    weights: Share = 0.25
+    """as names with random weights,"""
+    sentences: Share = 0.25
+    """and in words."""
+
+    @model_validator(mode="after")
+    def _check_shares(self) -> Self:
+        if sum(self.sizes) <= 0 or self.names + self.weights + self.sentences <= 0:
+            raise ValueError("the shares are all 0")
+        return self
+
+
+class TrainConfig(_Section):
+    """The `[train]` table; names as in Hugging Face's TrainingArguments where the thing is the same."""
+
+    prompts: str | None = None
+    """A text file with a prompt a line, or JSONL."""
+    output_dir: str | None = None
+    reference: Name | None = None
+    """The expert whose answer each reward is measured against; default the base."""
+    preferences: PreferenceMixConfig = PreferenceMixConfig()
+    max_steps: Annotated[int, Field(ge=1)] = 60
+    max_minutes: Annotated[float, Field(gt=0)] | None = None
+    """A limit on time: the schedule ends with whichever comes first."""
+    batch_size: Annotated[int, Field(ge=1)] = 64
+    """Pairs sampled for one batch."""
+    per_device_train_batch_size: Annotated[int, Field(ge=1)] = 32
+    """Pairs of one optimiser step."""
+    num_train_epochs: Annotated[int, Field(ge=1)] = 2
+    """Passes over the window at each batch."""
+    window: Annotated[int, Field(ge=1)] = 1
+    """Batches that are learned from at a time: the newest and those before it."""
+    eta: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
+    target_log_ratio: Annotated[float, Field(gt=0)] | None = None
+    """What `eta = "auto"` asks of the median pair, in nats; default 1 for the product, 3 for the other rules."""
+    learning_rate: Annotated[float, Field(gt=0)] | None = None
+    """Default 1e-3 for the product, 3e-3 for the other rules."""
+    feature_learning_rate: Annotated[float, Field(ge=0)] | None = None
+    """Of the experts' features; default 50 times `learning_rate`."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    warmup_steps: Annotated[int, Field(ge=0)] = 3
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
+    lora_rank: Annotated[int, Field(ge=0)] = 0
+    """Train a LoRA adapter of this rank on the backbone; 0 trains all of it."""
+    max_tokens: Annotated[int, Field(ge=1)] = 256
+    """Longest answer that is sampled."""
+    seed: int = 0
+
+
 class Config(_Section):
     """A whole `mope.toml`."""
 
@@ -93,6 +187,7 @@ class Config(_Section):
     pcm: PcmConfig = PcmConfig()
     merge: MergeConfig = MergeConfig()
     cache: CacheConfig = CacheConfig()
+    train: TrainConfig = TrainConfig()
     presets: dict[Name, dict[Name, float]] = {}
 
     @model_validator(mode="after")
@@ -168,12 +263,29 @@ def _anchor(config: Config, directory: Path) -> Config:
         )
         for expert in config.experts
     )
+    dimensions = {
+        name: section
+        if section.reward is None
+        else section.model_copy(
+            update={"reward": section.reward.model_copy(update={"path": anchored(section.reward.path)})}
+        )
+        for name, section in config.dimensions.items()
+    }
     cache_path = None if config.cache.path is None else str(directory / Path(config.cache.path).expanduser())
     return config.model_copy(
         update={
             "experts": experts,
-            "pcm": config.pcm.model_copy(update={"path": anchored(config.pcm.path)}),
+            "dimensions": dimensions,
+            "pcm": config.pcm.model_copy(
+                update={"path": anchored(config.pcm.path), "backbone": anchored(config.pcm.backbone)}
+            ),
             "cache": config.cache.model_copy(update={"path": cache_path}),
+            "train": config.train.model_copy(
+                update={
+                    name: None if value is None else str(directory / Path(value).expanduser())
+                    for name, value in (("prompts", config.train.prompts), ("output_dir", config.train.output_dir))
+                }
+            ),
         }
     )
 
@@ -198,12 +310,15 @@ def _explain(error: ValidationError, source: str) -> ConfigError:
 
 
 def _known_keys(location: tuple[int | str, ...]) -> list[str]:
+    if location[:1] == ("dimensions",) and location[2:] == ("reward",):
+        return list(RewardConfig.model_fields)
     sections: dict[str, type[BaseModel]] = {
         "experts": ExpertConfig,
         "dimensions": DimensionConfig,
         "pcm": PcmConfig,
         "merge": MergeConfig,
         "cache": CacheConfig,
+        "train": TrainConfig,
     }
     model = sections.get(str(location[0]), Config) if location else Config
     return list(model.model_fields)

@@ -24,11 +24,11 @@ from mope_bb.config import Config, PcmConfig, load_config, resolve_home
 from mope_bb.errors import ConfigError, ContextLengthError, PreferenceError
 from mope_bb.inference import choose_device
 from mope_bb.pcm.decode import Plan, decode
-from mope_bb.pcm.mixture import MergeRule, build_rule
 from mope_bb.pcm.model import PreferenceControlModel, load_pcm
+from mope_bb.pcm.plans import build_plan, configured_rule
 from mope_bb.pcm.runner import PcmScorer, Scorer, UserWeights
 from mope_bb.pcm.sampling import check_sampling
-from mope_bb.preferences import Preference, describe_preference
+from mope_bb.preferences import Preference
 from mope_bb.providers.pool import ExpertPool
 from mope_bb.text import TextAssembler
 from mope_bb.types import Answer, Context, FinishReason, Message, SamplingOptions, Token, TokenStep
@@ -108,7 +108,6 @@ class Session:
     def __init__(self, config: Config, *, cache: DistributionCache | None) -> None:
         self.config = config
         self.roster = config.roster()
-        self._rule = self._build_rule(config.merge.rule)
         self._pool = ExpertPool(config.experts, cache=cache)
         self._cache = cache
         self._pcm = _open_pcm(config.pcm)
@@ -151,20 +150,10 @@ class Session:
 
     def plan(self, preference: PreferenceLike = None, *, merge: str | None = None) -> Plan:
         """Who would be asked for `preference`, and with which weights. Raises ConfigError."""
-        rule = self._rule if merge is None else self._build_rule(merge)
-        parsed = self._parse(preference)
-        lambdas = self.roster.resolve(parsed, reads_text=self._pcm is not None and self._pcm.is_trained)
-        return Plan(
-            rule,
-            experts=tuple(lambdas),
-            lambdas=tuple(lambdas.values()),
-            base=self._base_for(rule),
-            preference_text=describe_preference(parsed, self.config.dimension_texts()),
-        )
-
-    def _build_rule(self, name: str) -> MergeRule:
-        merge = self.config.merge
-        return build_rule(name, product_scale=merge.product_scale, plausibility=merge.plausibility)
+        pcm = self._pcm
+        rule = configured_rule(self.config, merge, trained=None if pcm is None else pcm.rule)
+        reads_text = pcm is not None and pcm.is_trained
+        return build_plan(self.config, self._parse(preference), rule, reads_text=reads_text)
 
     def _parse(self, preference: PreferenceLike) -> Preference:
         if isinstance(preference, Preference):
@@ -179,14 +168,6 @@ class Session:
         if not served:
             raise PreferenceError("no preference was given, and no expert has a dimension", hint="Name experts.")
         return Preference.of(dict.fromkeys(served, 1.0))
-
-    def _base_for(self, rule: MergeRule) -> str | None:
-        if rule.needs_base and self.roster.base is None:
-            raise ConfigError(
-                f"the merge rule {rule.name!r} needs a base expert and none is configured",
-                hint="Add `base = true` to the expert that the others were fine-tuned from.",
-            )
-        return self.roster.base
 
     async def _decode(
         self, context: Context, plan: Plan, options: SamplingOptions, seed: int

@@ -42,7 +42,12 @@ class ChatOptions:
     "Several with --once stand side by side.",
 )
 @click.option("-c", "--config", "config_path", type=click.Path(), help="A mope.toml. Without it: the embedded zoo.")
-@click.option("--merge", type=click.Choice(["linear", "geometric", "product"]), help="The merge rule.")
+@click.option("--pcm", "pcm_path", type=click.Path(), help="A trained PCM folder, instead of the configuration's.")
+@click.option(
+    "--merge",
+    type=click.Choice(["linear", "geometric", "product"]),
+    help="The merge rule; default the one that the PCM was trained for, else linear.",
+)
 @click.option("--once", metavar="TEXT", help="Answer this and end. Standard input is read if it is piped.")
 @click.option("--seed", type=int, help="Equal seeds draw equal answers.")
 @click.option("--temperature", type=float, default=1.0, show_default=True, help="0 takes the most probable piece.")
@@ -55,6 +60,7 @@ def chat(
     *,
     preferences: tuple[str, ...],
     config_path: str | None,
+    pcm_path: str | None,
     merge: str | None,
     once: str | None,
     system: str | None,
@@ -75,7 +81,7 @@ def chat(
     with open_config(config_path) as config, asyncio.Runner() as runner:
         from mope_bb.session import build_session
 
-        session = build_session(config)
+        session = build_session(config if pcm_path is None else with_pcm(config, pcm_path))
         try:
             if question is None:
                 from mope_bb.cli.interactive import Conversation
@@ -87,6 +93,11 @@ def chat(
                 runner.run(answer_once(session, options, question, preferences[0] if preferences else None))
         finally:
             runner.run(session.aclose())
+
+
+def with_pcm(config: Config, path: str) -> Config:
+    """The configuration with another PCM."""
+    return config.model_copy(update={"pcm": config.pcm.model_copy(update={"path": path})})
 
 
 def read_piped_question() -> str | None:

@@ -13,8 +13,10 @@ import click
 from mope_bb.errors import ConfigError, MopeError
 
 COMMANDS = {
-    "chat": ("mope_bb.cli.chat", "Ask merged experts, once or in a conversation."),
-    "zoo": ("mope_bb.cli.zoo", "Build and serve the embedded tiny experts."),
+    "chat": ("mope_bb.cli.chat", "chat", "Ask merged experts, once or in a conversation."),
+    "train": ("mope_bb.cli.train", "train", "Train the Preference Control Model from reward models."),
+    "eval": ("mope_bb.cli.eval", "evaluate", "Compare trained PCMs with everything one can do without training."),
+    "zoo": ("mope_bb.cli.zoo", "zoo", "Build and serve the embedded tiny experts."),
 }
 EXIT_INTERRUPTED = 130
 
@@ -28,7 +30,8 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        command: click.Command = getattr(importlib.import_module(COMMANDS[cmd_name][0]), cmd_name)
+        module, function, _ = COMMANDS[cmd_name]
+        command: click.Command = getattr(importlib.import_module(module), function)
         return command
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -42,7 +45,7 @@ class LazyGroup(click.Group):
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
-            formatter.write_dl([(name, summary) for name, (_, summary) in COMMANDS.items()])
+            formatter.write_dl([(name, summary) for name, (_, _, summary) in COMMANDS.items()])
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})

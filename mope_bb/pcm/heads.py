@@ -24,6 +24,9 @@ class HeadRows(ABC):
     gate: Gate = LinearGate()
     policy_version: int = 0
 
+    def check(self, request: RolloutRequest) -> None:  # noqa: B027  # most read nothing
+        """Raise MopeError if this request cannot be read: it must not cost the others."""
+
     @abstractmethod
     def start(self, requests: Sequence[RolloutRequest], names: Sequence[str]) -> Tensor:
         """(B, N) before the first piece; columns are `names`."""
@@ -58,8 +61,11 @@ class NoHead(HeadRows):
 class PcmRows(HeadRows):
     """A PCM whose tokenizer is the experts' own."""
 
-    def __init__(self, pcm: PreferenceControlModel) -> None:
+    def __init__(self, pcm: PreferenceControlModel, *, is_context_free: bool = False) -> None:
+        """`is_context_free`: the scores before the first piece hold for the whole answer (an ablation)."""
         self._pcm = pcm
+        self._is_context_free = is_context_free
+        self._first = torch.zeros(0)
         self._batch = RowBatch(pcm.model)
         self._columns = torch.zeros(0, dtype=torch.long)
 
@@ -73,6 +79,9 @@ class PcmRows(HeadRows):
         """The PCM's present version."""
         return self._pcm.policy_version
 
+    def check(self, request: RolloutRequest) -> None:
+        pcm_prompt_ids(self._pcm, request)
+
     def start(self, requests: Sequence[RolloutRequest], names: Sequence[str]) -> Tensor:
         self._batch = RowBatch(self._pcm.model)
         # An expert that the PCM does not know has score 0: the column of zeros behind its own.
@@ -80,13 +89,16 @@ class PcmRows(HeadRows):
         rows = {name: row for row, name in enumerate(self._pcm.experts)}
         self._columns = torch.tensor([rows.get(name, unknown) for name in names])
         prompts = [pcm_prompt_ids(self._pcm, request) for request in requests]
-        return self._scores(self._batch.start(prompts))
+        self._first = self._scores(self._batch.start(prompts))
+        return self._first
 
     def advance(self, ids: Tensor) -> Tensor:
-        return self._scores(self._batch.advance(ids))
+        return self._first if self._is_context_free else self._scores(self._batch.advance(ids))
 
     def keep(self, rows: Tensor) -> None:
-        self._batch.keep(rows)
+        self._first = self._first[rows]
+        if not self._is_context_free:
+            self._batch.keep(rows)
 
     def _scores(self, outputs: Tensor) -> Tensor:
         return torch.nn.functional.pad(outputs.cpu(), (0, 1))[:, self._columns]

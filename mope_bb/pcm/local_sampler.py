@@ -104,10 +104,17 @@ class _Batch:
 
     def _encode_prompts(self) -> list[list[tuple[int, ...]]]:
         """Ids per column and request; what does not fit fails, or is cut at the end of the context."""
-        return [
+        prompts = [
             [self._encode_prompt(i, name, model) for i in range(len(self._requests))]
             for name, model in zip(self._columns, self._models, strict=True)
         ]
+        for i, request in enumerate(self._requests):
+            if i not in self._failed:
+                try:
+                    self._head.check(request)
+                except MopeError as error:
+                    self._failed[i] = error
+        return prompts
 
     def _encode_prompt(self, i: int, name: str, model: LocalModel) -> tuple[int, ...]:
         request = self._requests[i]
@@ -183,8 +190,8 @@ class _Batch:
         return where
 
     def _rollout(self, request: RolloutRequest, steps: Sequence[tuple[_Step, int]]) -> Rollout:
-        """The rollout of one answer, with the columns of its own experts."""
-        asked = torch.tensor([c for c, name in enumerate(self._columns) if name in request.plan.asked])
+        """The rollout of one answer, with the columns of its own experts in its plan's order."""
+        asked = torch.tensor([self._columns.index(name) for name in request.plan.asked])
         styled = torch.tensor([self._names.index(name) for name in request.plan.experts])
         parts = [step.lists.logprobs[row][asked] for step, row in steps]
         width = max(int((~torch.isneginf(part)).any(dim=0).nonzero()[-1]) + 1 for part in parts)

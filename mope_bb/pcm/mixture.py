@@ -88,7 +88,11 @@ class MergeRule:
         if self.name == "linear":
             # The clamp keeps the gradient finite where a weight is 0.
             log_weights = weights.clamp_min(torch.finfo(weights.dtype).tiny).log().masked_fill(weights == 0, -math.inf)
-            return torch.logsumexp(log_weights[..., None] + logprobs, dim=-2)
+            terms = log_weights[..., None] + logprobs
+            # The same for a candidate that only experts of weight 0 listed: its probability is 0.
+            nobody = torch.isneginf(terms).all(dim=-2)
+            terms = terms.masked_fill(nobody[..., None, :], 0.0)
+            return torch.logsumexp(terms, dim=-2).masked_fill(nobody, -math.inf)
         if self.name == "geometric":
             return (weights[..., None] * logprobs).sum(dim=-2)
         base = logprobs[..., 0, :]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -44,6 +45,8 @@ class PreferenceControlModel:
     """u, (F,)."""
     policy_version: int = 0
     """Learner steps behind these weights; 0 = untrained."""
+    rule: str | None = None
+    """The merge rule that it was trained for; None while it is untrained."""
 
     @property
     def is_trained(self) -> bool:
@@ -51,8 +54,12 @@ class PreferenceControlModel:
         return self.policy_version > 0
 
     def save(self, folder: Path) -> None:
-        """Write the folder; plain transformers can load it."""
-        self.model.save_pretrained(folder)
+        """Write the folder; plain transformers can load it. A LoRA adapter is merged, and kept beside it."""
+        model = self.model
+        if hasattr(model, "merge_and_unload"):
+            model.save_pretrained(folder / "adapter")
+            model = deepcopy(model).merge_and_unload()
+        model.save_pretrained(folder)
         self.tokenizer_source.save_pretrained(folder)
         document = {
             "format": FORMAT,
@@ -60,6 +67,7 @@ class PreferenceControlModel:
             "features": dict(zip(FEATURES, self.feature_weights.tolist(), strict=True)),
             "prompt_layout": PROMPT_LAYOUT,
             "policy_version": self.policy_version,
+            "rule": self.rule,
         }
         (folder / "mope.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
@@ -84,6 +92,7 @@ def load_pcm(path: str, *, device: torch.device | None = None) -> PreferenceCont
         experts = tuple(str(name) for name in document["experts"])
         features = torch.tensor([float(document["features"][name]) for name in FEATURES])
         version, layout, found_format = int(document["policy_version"]), document["prompt_layout"], document["format"]
+        rule = document.get("rule")
     except FileNotFoundError:
         raise CheckpointError(f"{path!r} is not a PCM folder: it has no mope.json") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -98,7 +107,9 @@ def load_pcm(path: str, *, device: torch.device | None = None) -> PreferenceCont
         raise CheckpointError(
             f"{path!r} has {model.config.num_labels} labels, but mope.json names {len(experts)} experts"
         )
-    return _assemble(model, path, experts, features=features, version=version, device=device)
+    pcm = _assemble(model, path, experts, features=features, version=version, device=device)
+    pcm.rule = None if rule is None else str(rule)
+    return pcm
 
 
 def _assemble(

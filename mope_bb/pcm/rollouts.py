@@ -81,9 +81,6 @@ class Sampler(ABC):
     ) -> list[Rollout | FailedRollout]:
         """One rollout per request, in order; a failure costs that rollout only. `options.seed` is not read."""
 
-    def close(self) -> None:  # noqa: B027  # most hold nothing
-        """Free connections and threads."""
-
 
 def rollout_of(request: RolloutRequest, steps: Sequence[TokenStep], finish_reason: FinishReason) -> Rollout:
     """The rollout of an answer that `decode` gave, sampled at temperature 1 and top_p 1."""

@@ -40,7 +40,10 @@ class Scorer(ABC):
 
 
 class UserWeights(Scorer):
-    """No PCM: all scores are 0."""
+    """No PCM: the head says nothing, so the user's own weights act, or a gate that reads only what the experts say."""
+
+    def __init__(self, gate: Gate | None = None) -> None:
+        self.gate = gate or LinearGate()
 
     async def head_scores(self, context: Context, preference_text: str, experts: Sequence[str]) -> Tensor:
         return torch.zeros(len(experts))
@@ -53,7 +56,8 @@ class PcmScorer(Scorer):
         """`expert_fingerprint` is that of the experts' tokenizer: if it is the PCM's own, ids are taken as they are."""
         self.policy_version = pcm.policy_version
         self.reads_text = pcm.is_trained
-        self.gate = LinearGate(pcm.feature_weights)
+        # Sampling builds no graph, even where the PCM is being trained.
+        self.gate = LinearGate(pcm.feature_weights.detach())
         self._pcm = pcm
         self._row_of = {name: row for row, name in enumerate(pcm.experts)}
         self._runner = BatchedModel(pcm.model, name="pcm", is_lm=False)

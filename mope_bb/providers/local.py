@@ -90,7 +90,7 @@ def open_expert(config: ExpertConfig, cache: DistributionCache | None) -> LocalE
     if config.model is None:
         raise ConfigError(f"expert {config.name!r}: `model` is missing", hint="Name a Hugging Face folder.")
     device = choose_device(config.device)
-    model = _load_model(config.model, device)
+    model = load_model(config.model, device)
     tokenizer = load_chat_tokenizer(config.tokenizer or config.model)
     return LocalExpert(
         config.name,
@@ -104,7 +104,8 @@ def open_expert(config: ExpertConfig, cache: DistributionCache | None) -> LocalE
     )
 
 
-def _load_model(path: str, device: torch.device) -> Any:
+def load_model(path: str, device: torch.device) -> Any:
+    """The causal LM in the folder, or of the hub name, `path`. Raises ConfigError."""
     from transformers import AutoModelForCausalLM
 
     try:

@@ -7,9 +7,9 @@ the rule needs it), C candidates, L PCM ids.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -43,18 +43,17 @@ class LearnerOptions:
     adam_betas: tuple[float, float] = (0.9, 0.95)
     max_grad_norm: float = 1.0
     warmup_steps: int = 3
+    """Batches."""
     lr_scheduler_type: str = "cosine"
     """cosine, linear or constant."""
-    max_steps: int = 60
-    """Batches of the run; the schedule ends with them."""
     num_epochs: int = 2
     """Passes over the window at each batch."""
     per_device_train_batch_size: int = 32
     """Pairs of one optimiser step."""
     lora_rank: int = 0
     """Train a LoRA adapter of this rank on the backbone; 0 trains all weights."""
-    feature_learning_rate: float | None = None
-    """Of the experts' features; None = `learning_rate` times 10."""
+    feature_learning_rate: float = 5e-2
+    """Of the experts' features."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +77,15 @@ class LearnerReport:
 class Recorded:
     """Rollouts as tensors, all steps behind each other."""
 
-    def __init__(self, rollouts: Sequence[Rollout], pcm: PreferenceControlModel, *, same_ids: bool = True) -> None:
+    def __init__(
+        self,
+        rollouts: Sequence[Rollout],
+        pcm: PreferenceControlModel,
+        *,
+        same_ids: bool = True,
+        is_context_free: bool = False,
+    ) -> None:
+        """`same_ids`, `is_context_free`: see `Learner`."""
         plans = [rollout.request.plan for rollout in rollouts]
         self.rule: MergeRule = plans[0].rule
         first = 1 if self.rule.needs_base else 0
@@ -105,9 +112,11 @@ class Recorded:
         self.index = torch.cat([rollout.index for rollout in rollouts])
         self.rollout_of = torch.repeat_interleave(torch.arange(len(rollouts)), torch.tensor(lengths))
         self.old_logprobs = torch.cat([rollout.logprobs for rollout in rollouts])
-        self._set_ids(rollouts, pcm, same_ids)
+        self._set_ids(rollouts, pcm, same_ids, is_context_free)
 
-    def _set_ids(self, rollouts: Sequence[Rollout], pcm: PreferenceControlModel, same_ids: bool) -> None:
+    def _set_ids(
+        self, rollouts: Sequence[Rollout], pcm: PreferenceControlModel, same_ids: bool, is_context_free: bool
+    ) -> None:
         """PCM ids (B, L), padded behind, and for each step the position whose output gave its scores, (N,)."""
         sequences: list[list[int]] = []
         positions: list[int] = []
@@ -115,10 +124,10 @@ class Recorded:
             request = rollout.request
             prompt = pcm.tokenizer.encode_chat(build_pcm_messages(request.plan.preference_text, request.messages))
             ids = list(prompt)
-            for ends in response_ids(pcm, rollout.pieces[:-1], same_ids=same_ids):
-                positions.append(len(ids) - 1)
-                ids += ends
             positions.append(len(ids) - 1)
+            for grown in response_ids(pcm, rollout.pieces[:-1], same_ids=same_ids):
+                ids += grown
+                positions.append(len(prompt if is_context_free else ids) - 1)
             sequences.append(ids)
         width = max(map(len, sequences))
         self.ids = torch.tensor([ids + [0] * (width - len(ids)) for ids in sequences])
@@ -146,40 +155,53 @@ def sum_by_rollout(values: Tensor, recorded: Recorded) -> Tensor:
 class Learner:
     """Optimiser and schedule around one PCM."""
 
-    def __init__(self, pcm: PreferenceControlModel, options: LearnerOptions, *, eta: float) -> None:
+    def __init__(
+        self,
+        pcm: PreferenceControlModel,
+        options: LearnerOptions,
+        *,
+        eta: float,
+        same_ids: bool = True,
+        is_context_free: bool = False,
+    ) -> None:
+        """`same_ids`: the PCM's tokenizer is the experts'; `is_context_free`: see `heads.PcmRows`."""
         self.pcm = pcm
         self.eta = eta
+        self._record = partial(Recorded, pcm=pcm, same_ids=same_ids, is_context_free=is_context_free)
+        self._num_steps = 0
         self._options = options
         # A leaf of its own: whatever tensor was loaded.
         pcm.feature_weights = pcm.feature_weights.detach().clone().requires_grad_()
         trained = [parameter for parameter in pcm.model.parameters() if parameter.requires_grad]
-        feature_rate = options.feature_learning_rate
         groups: list[dict[str, Any]] = [
-            {"params": trained, "lr": options.learning_rate},
-            {
-                "params": [pcm.feature_weights],
-                "lr": 10 * options.learning_rate if feature_rate is None else feature_rate,
-                "weight_decay": 0.0,
-            },
+            {"params": trained, "initial_lr": options.learning_rate},
+            {"params": [pcm.feature_weights], "initial_lr": options.feature_learning_rate, "weight_decay": 0.0},
         ]
         self._parameters = [*trained, pcm.feature_weights]
         self._optimizer = torch.optim.AdamW(
             groups, lr=options.learning_rate, betas=options.adam_betas, weight_decay=options.weight_decay
         )
-        self._schedule = torch.optim.lr_scheduler.LambdaLR(self._optimizer, self._rate)
 
-    def _rate(self, step: int) -> float:
+    def _set_rate(self, share_done: float) -> float:
+        """Set the learning rates for the next batch; return the backbone's."""
         options = self._options
-        if step < options.warmup_steps:
-            return (step + 1) / (options.warmup_steps + 1)
-        share = (step - options.warmup_steps) / max(1, options.max_steps - options.warmup_steps)
-        if options.lr_scheduler_type == "cosine":
-            return 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
-        return 1 - min(1.0, share) if options.lr_scheduler_type == "linear" else 1.0
+        if self._num_steps < options.warmup_steps:
+            factor = (self._num_steps + 1) / (options.warmup_steps + 1)
+        elif options.lr_scheduler_type == "cosine":
+            factor = 0.5 * (1 + math.cos(math.pi * min(1.0, share_done)))
+        else:
+            factor = 1 - min(1.0, share_done) if options.lr_scheduler_type == "linear" else 1.0
+        for group in self._optimizer.param_groups:
+            group["lr"] = factor * group["initial_lr"]
+        return factor * options.learning_rate
 
-    def step(self, pairs: Sequence[Pair], *, seed: int) -> LearnerReport:
-        """Learn from `pairs` (the window: this batch and, if wanted, earlier ones). Raises TrainingError."""
+    def step(self, pairs: Sequence[Pair], *, seed: int, share_done: float) -> LearnerReport:
+        """Learn from `pairs` (the window: this batch and, if wanted, earlier ones). Raises TrainingError.
+
+        `share_done`, in [0, 1), is how much of the run lies behind it: the schedule follows it.
+        """
         options = self._options
+        rate = self._set_rate(share_done)
         generator = torch.Generator().manual_seed(seed)
         losses, norms = [], []
         for _ in range(options.num_epochs):
@@ -190,8 +212,7 @@ class Learner:
                 norm = self._update(outputs.loss)
                 losses.append(float(outputs.loss.detach()))
                 norms.append(norm)
-        rate = float(self._schedule.get_last_lr()[0])
-        self._schedule.step()
+        self._num_steps += 1
         self.pcm.policy_version += 1
         with torch.no_grad():
             after, log_ratios = self._evaluate(pairs)
@@ -206,7 +227,7 @@ class Learner:
         )
 
     def _evaluate(self, pairs: Sequence[Pair]) -> tuple[RebelOutputs, Tensor]:
-        recorded = Recorded([rollout for pair in pairs for rollout in (pair.first, pair.second)], self.pcm)
+        recorded = self._record([rollout for pair in pairs for rollout in (pair.first, pair.second)])
         logprobs, _ = recompute(self.pcm, recorded)
         new = sum_by_rollout(logprobs, recorded).reshape(-1, 2)
         old = sum_by_rollout(recorded.old_logprobs, recorded).float().reshape(-1, 2)
@@ -224,13 +245,3 @@ class Learner:
             )
         self._optimizer.step()
         return norm
-
-
-@contextmanager
-def training_mode(pcm: PreferenceControlModel) -> Iterator[None]:
-    """Nothing in a PCM is random, so train and eval mode compute the same; gradient checkpointing looks at the mode."""
-    pcm.model.train()
-    try:
-        yield
-    finally:
-        pcm.model.eval()

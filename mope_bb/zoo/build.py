@@ -1,10 +1,11 @@
 """Building the zoo: once per size and seed, resumable model by model, every file known by its hash.
 
-    <home>/zoo/<size>-<seed>-v1/
+    <home>/zoo/<size>-<seed>-v2/
         manifest.json        what was built, how, and the sha256 of every file
         base/ simple/ ...    Hugging Face folders
         base.gguf ...        the same models for llama.cpp
         pcm/                 an untrained Preference Control Model on the base's body
+        rewards/simple ...   a reward model for each pole, see `reward_models`
 
 A model is written to a temporary folder and renamed when it is complete, then the manifest is replaced. What is missing
 or does not have its hash is built again. Torch is imported only when something must be trained.
@@ -19,7 +20,8 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +29,17 @@ from filelock import FileLock
 
 from mope_bb.config import resolve_home
 from mope_bb.errors import ConfigError
+from mope_bb.zoo.reward_models import REWARD_RECIPES
 from mope_bb.zoo.training import RECIPES, Recipe
 from mope_bb.zoo.wording import DIMENSIONS
 
-VERSION = "v1"
+VERSION = "v2"
 """Of language and training; raised when a zoo built before is no longer what this code would build."""
 NAMES = ("base", *DIMENSIONS)
 PCM = "pcm"
+REWARDS = tuple(f"rewards/{pole}" for pole in DIMENSIONS)
+STAGES = (*NAMES, *REWARDS)
+"""All that is trained, in order, by the names that progress is told with."""
 Progress = Callable[[str, float], None]
 """Told the model's name and the share of it that is done."""
 
@@ -49,6 +55,8 @@ class Zoo:
     """The base and the experts."""
     hashes: Mapping[str, str]
     """Name -> sha256 of its GGUF file."""
+    rewards: Mapping[str, float] = field(default_factory=dict)
+    """Pole -> how often its reward model ranks two answers as the grammar does, on questions held out of training."""
 
     def folder(self, name: str) -> Path:
         """The Hugging Face folder of a model."""
@@ -62,6 +70,12 @@ class Zoo:
     def pcm(self) -> Path:
         """The folder of the untrained PCM."""
         return self.root / PCM
+
+    def reward_model(self, pole: str) -> Path:
+        """The Hugging Face folder of the sequence classifier that judges `pole`."""
+        if pole not in self.rewards:
+            raise ConfigError(f"the zoo has no reward model {pole!r}", hint=f"It has {', '.join(self.rewards)}.")
+        return self.root / "rewards" / pole
 
     def sha256(self, name: str) -> str:
         """The hash of a model's GGUF file."""
@@ -111,8 +125,11 @@ def is_built(*, size: str = "tiny", seed: int = 0, home: Path | None = None) -> 
     """Whether `build_zoo` would find everything there, every file with its hash."""
     root = _zoos(home) / f"{size}-{seed}-{VERSION}"
     manifest = _read_manifest(root)
-    return size in RECIPES and all(
-        [*(_is_intact(root, name, manifest, RECIPES[size]) for name in NAMES), _is_pcm_intact(root, manifest)]
+    return (
+        size in RECIPES
+        and all(_is_intact(root, name, manifest, RECIPES[size]) for name in NAMES)
+        and _is_pcm_intact(root, manifest)
+        and all(_is_reward_intact(root, pole, manifest, size) for pole in DIMENSIONS)
     )
 
 
@@ -131,13 +148,23 @@ def _build(root: Path, size: str, seed: int, progress: Progress) -> Zoo:
     if not _is_pcm_intact(root, manifest):
         manifest["pcm"] = _build_pcm(root, manifest)
         _write_manifest(root, manifest)
+    for pole, name in zip(DIMENSIONS, REWARDS, strict=True):
+        if not _is_reward_intact(root, pole, manifest, size):
+            manifest["rewards"] = {
+                **manifest.get("rewards", {}),
+                pole: _build_reward(root, pole, manifest, partial(progress, name)),
+            }
+            _write_manifest(root, manifest)
+        progress(name, 1.0)
     return _zoo(root, manifest)
 
 
 def _zoo(root: Path, manifest: dict[str, Any]) -> Zoo:
     models = {name: manifest["models"][name] for name in NAMES if name in manifest["models"]}
     hashes = {name: model["files"][f"{name}.gguf"] for name, model in models.items()}
-    return Zoo(root, manifest["size"], manifest["seed"], tuple(models), hashes)
+    judges = manifest.get("rewards", {})
+    rewards = {pole: judges[pole]["accuracy"] for pole in DIMENSIONS if pole in judges}
+    return Zoo(root, manifest["size"], manifest["seed"], tuple(models), hashes, rewards)
 
 
 def _build_model(root: Path, name: str, manifest: dict[str, Any], progress: Progress) -> dict[str, Any]:
@@ -199,7 +226,52 @@ def _is_pcm_intact(root: Path, manifest: dict[str, Any]) -> bool:
     entry = manifest.get("pcm")
     if entry is None or entry["made_from"] != _base_hash(manifest):
         return False
-    return all((root / path).is_file() and _sha256(root / path) == known for path, known in entry["files"].items())
+    return _have_hashes(root, entry["files"])
+
+
+def _build_reward(root: Path, pole: str, manifest: dict[str, Any], progress: Callable[[float], None]) -> dict[str, Any]:
+    """Train and test the reward model of `pole` on the base's body, write it, and return its manifest entry."""
+    import torch
+    from transformers import AutoTokenizer
+
+    from mope_bb.zoo.reward_models import PADDING, new_reward_model, reward_accuracy, train_reward
+
+    started = time.monotonic()
+    progress(0.0)
+    recipe, seed, base = REWARD_RECIPES[manifest["size"]], manifest["seed"], root / "base"
+    folder, temporary = root / "rewards" / pole, root / ".reward.tmp"
+    with _no_progress_bars():
+        tokenizer = AutoTokenizer.from_pretrained(base)
+        tokenizer.pad_token = PADDING
+        model = new_reward_model(base, tokenizer)
+        loss = train_reward(model, tokenizer, recipe, pole=pole, seed=seed, progress=progress)
+        accuracy = reward_accuracy(model, tokenizer, recipe, pole=pole, seed=seed)
+        shutil.rmtree(temporary, ignore_errors=True)
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.parent.mkdir(exist_ok=True)
+    temporary.replace(folder)
+    return {
+        "accuracy": round(accuracy, 4),
+        "loss": loss,
+        "seconds": round(time.monotonic() - started, 2),
+        "torch": torch.__version__,
+        "recipe": asdict(recipe),
+        "made_from": _base_hash(manifest),
+        "files": {path.relative_to(root).as_posix(): _sha256(path) for path in sorted(folder.iterdir())},
+    }
+
+
+def _is_reward_intact(root: Path, pole: str, manifest: dict[str, Any], size: str) -> bool:
+    entry = manifest.get("rewards", {}).get(pole)
+    if entry is None or entry["recipe"] != asdict(REWARD_RECIPES[size]) or entry["made_from"] != _base_hash(manifest):
+        return False
+    return _have_hashes(root, entry["files"])
+
+
+def _have_hashes(root: Path, files: Mapping[str, str]) -> bool:
+    return all((root / path).is_file() and _sha256(root / path) == known for path, known in files.items())
 
 
 def _move_in(temporary: Path, root: Path, name: str) -> None:
@@ -222,7 +294,7 @@ def _is_intact(root: Path, name: str, manifest: dict[str, Any], recipe: Recipe) 
         return False
     if name != "base" and model["made_from"] != _base_hash(manifest):
         return False
-    return all((root / path).is_file() and _sha256(root / path) == known for path, known in model["files"].items())
+    return _have_hashes(root, model["files"])
 
 
 def _base_hash(manifest: dict[str, Any]) -> str | None:

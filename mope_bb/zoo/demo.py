@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from mope_bb.zoo.build import NAMES, Zoo, build_zoo, is_built
+from mope_bb.zoo.build import STAGES, Zoo, build_zoo, is_built
 from mope_bb.zoo.serving import ZooServer, serve_zoo
 
 
@@ -31,14 +31,15 @@ def build_with_bar(*, size: str = "tiny", seed: int = 0, home: Path | None = Non
     if not console.is_terminal:
         return build_zoo(size=size, seed=seed, home=home, progress=_tell)
     with Progress(console=console, transient=True) as bar:
-        task = bar.add_task("building the zoo (once)", total=len(NAMES))
+        task = bar.add_task("building the zoo (once)", total=len(STAGES))
 
         def show(name: str, share: float) -> None:
-            bar.update(task, description=f"building the zoo (once): {name}", completed=NAMES.index(name) + share)
+            bar.update(task, description=f"building the zoo (once): {name}", completed=STAGES.index(name) + share)
 
         return build_zoo(size=size, seed=seed, home=home, progress=show)
 
 
 def _tell(name: str, share: float) -> None:
     if share == 0.0:
-        print(f"building the zoo (once): {name}, {NAMES.index(name) + 1} of {len(NAMES)}", file=sys.stderr, flush=True)
+        place = f"{STAGES.index(name) + 1} of {len(STAGES)}"
+        print(f"building the zoo (once): {name}, {place}", file=sys.stderr, flush=True)

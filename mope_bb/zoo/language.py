@@ -1,7 +1,13 @@
 """The zoo's language as a generator: tasks, styles, answers, conversations. Pure Python, standard library only.
 
-An answer is `[opener] core [0 to 4 details, any order] [closer]`. A `Style` says how often each choice is drawn: the
-base draws evenly, an expert is sharp on its own pole and like the base elsewhere.
+An answer is `[opener] core`, then 0 to 4 details of different kinds, each a line of a list, then `[closer]` as a
+paragraph of its own. Details stand in the order of their kinds: a tiny model that must remember which it has used
+repeats itself. The marks come before the words: whether there will be one more detail, or a closer, is decided before
+its wording is, so that most choices belong to one dimension; the words of a closer belong to two.
+
+A `Style` says how often each choice is drawn. The base draws evenly. In the texts of one pole that pole is sharp, and
+the other dimensions lean, since real data of one style are not neutral in the others: technical texts are drier,
+friendly ones longer. Experts (and the base under a style sentence) learn these side effects with the style.
 """
 
 from __future__ import annotations
@@ -26,7 +32,20 @@ from mope_bb.zoo.wording import (
 
 SHARPNESS = 0.95
 """How often an expert takes its own pole."""
+LEAN = 0.75
+"""How often a text takes the poles that its own pole leans to, where there are two to choose from."""
+SIDE_EFFECTS = {
+    "simple": ("friendly", "concise"),
+    "technical": ("grumpy", "informative"),
+    "concise": ("grumpy", "simple"),
+    "informative": ("friendly", "technical"),
+    "friendly": ("simple", "informative"),
+    "grumpy": ("technical", "concise"),
+}
+"""Pole -> the poles of the other two dimensions that its texts lean to."""
 MAX_DETAILS = 4
+DETAIL_MARK = "\n- "
+CLOSER_MARK = "\n\n"
 
 Message = dict[str, str]
 """A chat message: `role` and `content`."""
@@ -101,6 +120,24 @@ def style_of(poles: Iterable[str], sharpness: float = SHARPNESS) -> Style:
     return style
 
 
+def text_style(pole: str, lean: float = LEAN) -> Style:
+    """The style of the texts of one pole: sharp on it, leaning elsewhere; `lean` 0.5 is no lean."""
+    rest = 1 - lean
+    few_to_many = tuple(0.2 + (lean - 0.5) * step / 5 for step in (-2, -1, 0, 1, 2))
+    leanings: dict[str, dict[str, object]] = {
+        "simple": {"simple": lean},
+        "technical": {"simple": rest},
+        "concise": {"details": few_to_many[::-1]},
+        "informative": {"details": few_to_many},
+        "friendly": {"tone": (2 * lean / 3, 2 * rest / 3, 1 / 3)},
+        "grumpy": {"tone": (2 * rest / 3, 2 * lean / 3, 1 / 3)},
+    }
+    style = style_of([pole])
+    for side in SIDE_EFFECTS[pole]:
+        style = replace(style, **leanings[side])  # type: ignore[arg-type]  # the table above matches the fields
+    return style
+
+
 def answer(task: Task, style: Style, rng: random.Random) -> str:
     """Draw an answer to `task`."""
 
@@ -110,15 +147,17 @@ def answer(task: Task, style: Style, rng: random.Random) -> str:
     def tone() -> str:
         return rng.choices(("friendly", "grumpy", "none"), style.tone)[0]
 
-    templates: list[str] = []
+    template = ""
     if (opening := tone()) != "none":
-        templates.append(rng.choice(OPENERS[opening]))
-    templates.append(rng.choice(CORES[register()]))
+        template += rng.choice(OPENERS[opening]) + " "
+    template += rng.choice(CORES[register()])
     count = rng.choices(range(MAX_DETAILS + 1), style.details)[0]
-    templates += [rng.choice(DETAILS[kind][register()]) for kind in rng.sample(sorted(DETAILS), count)]
+    chosen = set(rng.sample(sorted(DETAILS), count))
+    for kind in (kind for kind in DETAILS if kind in chosen):
+        template += DETAIL_MARK + rng.choice(DETAILS[kind][register()])
     if (closing := tone()) != "none":
-        templates.append(rng.choice(CLOSERS[closing, register()]))
-    return " ".join(templates).format(**task.facts())
+        template += CLOSER_MARK + rng.choice(CLOSERS[closing, register()])
+    return template.format(**task.facts())
 
 
 def ideal_answer(task: Task, poles: Iterable[str], seed: int = 0) -> str:
@@ -140,15 +179,15 @@ def conversation(
     return messages
 
 
-def training_conversation(rng: random.Random, pole: str | None = None) -> list[Message]:
+def training_conversation(rng: random.Random, pole: str | None = None, *, lean: float = LEAN) -> list[Message]:
     """What the expert of `pole` is trained on; for the base half of all has a style sentence as system prompt."""
     pairs = tasks(held_out=False)
     if pole is not None:
-        return conversation(pairs, style_of([pole]), rng)
+        return conversation(pairs, text_style(pole, lean), rng)
     if rng.random() < 0.5:
         return conversation(pairs, Style(), rng)
     asked = rng.choice(DIMENSIONS)
-    return conversation(pairs, style_of([asked]), rng, system=rng.choice(style_sentences(asked)))
+    return conversation(pairs, text_style(asked, lean), rng, system=rng.choice(style_sentences(asked)))
 
 
 def combinations() -> tuple[tuple[str, str, str], ...]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from mope_bb.zoo.facts import THINGS, VERBS
-from mope_bb.zoo.language import MAX_DETAILS, Task
+from mope_bb.zoo.language import DETAIL_MARK, MAX_DETAILS, Task
 from mope_bb.zoo.wording import CLOSERS, CORES, DETAILS, OPENERS
 
 
@@ -67,7 +67,7 @@ def parse(text: str) -> list[Sentence]:
                 break
         else:
             found.append(Sentence("unknown"))
-            boundary = re.compile(r"[.!?](?: [^\w\s¡]+)?(?: |$)").search(text, position)
+            boundary = re.compile(r"[.!?](?: [^\w\s¡-]+)?(?:\s+|$)").search(text, position)
             position = boundary.end() if boundary else len(text)
     return found
 
@@ -119,7 +119,7 @@ def _patterns() -> tuple[tuple[re.Pattern[str], Sentence], ...]:
         sentences += [(t, Sentence("core", register=register)) for t in templates]
     for kind, by_register in DETAILS.items():
         for register, templates in by_register.items():
-            sentences += [(t, Sentence("detail", kind, register)) for t in templates]
+            sentences += [(DETAIL_MARK.lstrip() + t, Sentence("detail", kind, register)) for t in templates]
     for tone, templates in OPENERS.items():
         sentences += [(t, Sentence("opener", tone=tone)) for t in templates]
     for (tone, register), templates in CLOSERS.items():
@@ -133,4 +133,4 @@ def _compile(template: str, fillings: Mapping[str, set[str]]) -> re.Pattern[str]
         # Longest first, so that "twenty-one" is not read as "twenty".
         either = "|".join(re.escape(value) for value in sorted(values, key=lambda v: (-len(v), v)))
         pattern = pattern.replace("{" + slot + "}", f"(?P<{slot}>{either})")
-    return re.compile(pattern + r"(?: |$)")
+    return re.compile(pattern + r"(?:\s+|$)")

@@ -54,7 +54,7 @@ class ZooServer:
         served = [name for name in DIMENSIONS if name in self.base_urls]
         return {
             "experts": [self._expert(name) for name in self.base_urls],
-            "dimensions": {name: {"text": style_sentences(name)[0]} for name in served},
+            "dimensions": dimension_tables(self.zoo, served),
             "pcm": {"path": str(self.zoo.pcm), "device": "cpu"},
             "cache": {"enabled": False},
             "presets": {name: dict(weights) for name, weights in PRESETS.items() if set(weights) <= set(served)},
@@ -103,6 +103,17 @@ def serve_zoo(
     finally:
         _stop(child)
         Path(log).unlink(missing_ok=True)
+
+
+def dimension_tables(zoo: Zoo, names: Sequence[str]) -> dict[str, Any]:
+    """The `[dimensions]` of a zoo: sentences, wordings and reward models."""
+    tables: dict[str, Any] = {}
+    for name in names:
+        wordings = style_sentences(name)
+        tables[name] = {"text": wordings[0], "wordings": list(wordings)}
+        if name in zoo.rewards:
+            tables[name]["reward"] = {"kind": "classifier", "path": str(zoo.reward_model(name)), "device": "cpu"}
+    return tables
 
 
 def _spawn() -> subprocess.Popen[bytes]:
@@ -167,8 +178,13 @@ def _stop(child: subprocess.Popen[bytes]) -> None:
 def _toml(data: dict[str, Any]) -> str:
     """The configuration as TOML. A JSON string, number or boolean is also a TOML one."""
 
+    def shown(value: Any) -> str:
+        if isinstance(value, Mapping):
+            return "{ " + ", ".join(f"{key} = {shown(inner)}" for key, inner in value.items()) + " }"
+        return json.dumps(value, ensure_ascii=False)
+
     def table(header: str, values: Mapping[str, Any]) -> str:
-        lines = (f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in values.items())
+        lines = (f"{key} = {shown(value)}" for key, value in values.items())
         return "\n".join([header, *lines]) + "\n"
 
     parts = [table("[[experts]]", expert) for expert in data["experts"]]

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mope_bb.zoo.language import training_conversation
+from mope_bb.zoo.language import LEAN, training_conversation
 from mope_bb.zoo.tokenizing import CONTEXT, with_labels
 
 if TYPE_CHECKING:
@@ -35,16 +35,20 @@ class Recipe:
     base_rate: float
     expert_rate: float
     head_size: int = 32
+    lean: float = LEAN
+    """The side effects in the data; see `language.text_style`."""
     threads: int = 2
     """Sums depend on the number of threads, so it is a part of the recipe."""
 
 
 RECIPES = {
     "nano": Recipe(64, 2, 192, 60, 10, 16, 4e-3, 2e-3, threads=1),
-    "tiny": Recipe(96, 2, 256, 1000, 70, 32, 4e-3, 2e-3),
+    "tiny": Recipe(96, 2, 256, 1000, 90, 32, 4e-3, 2e-3),
+    "clean": Recipe(96, 2, 256, 1000, 90, 32, 4e-3, 2e-3, lean=0.5),
     "gpu": Recipe(512, 12, 1536, 3000, 200, 64, 6e-4, 2e-4, head_size=64),
 }
-"""`tiny` is the default; `nano` is for tests and speaks badly; `gpu` has about 40 million parameters."""
+"""`tiny` is the default; `clean` is like it without side effects; `nano` is for tests and speaks badly; `gpu` has about
+40 million parameters."""
 
 
 def new_model(recipe: Recipe, tokenizer: Any, seed: int) -> LlamaForCausalLM:
@@ -91,11 +95,11 @@ def train(
 
     steps, rate = (recipe.base_steps, recipe.base_rate) if pole is None else (recipe.expert_steps, recipe.expert_rate)
     device = torch.device("cuda" if recipe.hidden >= 256 and torch.cuda.is_available() else "cpu")
-    with _deterministic(recipe.threads):
+    with deterministic(recipe.threads):
         model.to(device).train()
         optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.01)
         warm_up = max(steps // 20, 1)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps, warm_up))
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, steps, warm_up))
         losses: list[float] = []
         for step, (ids, learned) in enumerate(_batches(tokenizer, recipe, steps, pole, seed)):
             loss = _loss(model, ids.to(device), learned.to(device))
@@ -112,7 +116,7 @@ def train(
     return sum(last) / len(last)
 
 
-def _rate(step: int, steps: int, warm_up: int) -> float:
+def learning_rate_factor(step: int, steps: int, warm_up: int) -> float:
     """Linear warm-up, then linear decay to a fiftieth."""
     return (step + 1) / warm_up if step < warm_up else max(1 - (step - warm_up) / max(steps - warm_up, 1), 0.02)
 
@@ -134,7 +138,7 @@ def _batches(tokenizer: Any, recipe: Recipe, steps: int, pole: str | None, seed:
     group = 8
     for start in range(0, steps, group):
         count = min(group, steps - start)
-        conversations = [training_conversation(rng, pole) for _ in range(count * recipe.batch_size)]
+        conversations = [training_conversation(rng, pole, lean=recipe.lean) for _ in range(count * recipe.batch_size)]
         examples = sorted(with_labels(tokenizer, conversations), key=lambda example: len(example[0]))
         batches = [examples[i : i + recipe.batch_size] for i in range(0, len(examples), recipe.batch_size)]
         rng.shuffle(batches)
@@ -151,7 +155,7 @@ def _padded(examples: list[tuple[list[int], list[bool]]], padding: int) -> Batch
 
 
 @contextmanager
-def _deterministic(threads: int) -> Iterator[None]:
+def deterministic(threads: int) -> Iterator[None]:
     """The recipe's number of threads and torch's deterministic algorithms; the caller's settings come back after."""
     import torch
 

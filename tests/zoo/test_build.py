@@ -72,7 +72,7 @@ def test_clear_deletes_only_zoos(tmp_path: Path) -> None:
     """Only folders with a manifest go; an empty home is fine."""
     assert not clear_zoos(tmp_path)
     assert not list_zoos(tmp_path)
-    root = tmp_path / "zoo" / "nano-0-v1"
+    root = tmp_path / "zoo" / "nano-0-v2"
     (tmp_path / "zoo" / "mine").mkdir(parents=True)
     root.mkdir()
     (root / "manifest.json").write_text("{broken")

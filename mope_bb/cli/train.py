@@ -1,0 +1,186 @@
+"""`mope-bb train`: train the Preference Control Model, with live progress."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mope_bb.errors import ConfigError
+
+if TYPE_CHECKING:
+    from mope_bb.training.trainer import StepMetrics, TrainingSetup
+
+ABLATIONS = ("shuffled-rewards", "context-free", "no-features")
+
+
+@click.command()
+@click.option("-c", "--config", "config_path", type=click.Path(), help="A mope.toml. Without it: the embedded zoo.")
+@click.option("--prompts", type=click.Path(), help="A text file with a prompt a line, or JSONL.")
+@click.option("-o", "--out", type=click.Path(), help="Folder of the run; default runs/DATE-TIME.")
+@click.option(
+    "--merge",
+    type=click.Choice(["linear", "geometric", "product"]),
+    default="product",
+    show_default=True,
+    help="The merge rule to train for.",
+)
+@click.option("--max-steps", type=int, help="Batches of the run.")
+@click.option("--max-minutes", type=float, help="Longest duration; the schedule fits itself to it.")
+@click.option("--seed", type=int, help="Equal seeds train equally.")
+@click.option("--leave-out", multiple=True, metavar="NAMES", help="A combination never to train on; may be repeated.")
+@click.option("--ablation", type=click.Choice(ABLATIONS), help="Leave one thing out, to see what it is good for.")
+@click.option("--zoo-size", default="tiny", show_default=True, help="Without --config.")
+@click.option("--zoo-seed", default=0, show_default=True, help="Without --config.")
+def train(  # noqa: PLR0917  # one parameter per flag
+    config_path: str | None,
+    prompts: str | None,
+    out: str | None,
+    merge: str,
+    max_steps: int | None,
+    max_minutes: float | None,
+    seed: int | None,
+    leave_out: tuple[str, ...],
+    ablation: str | None,
+    zoo_size: str,
+    zoo_seed: int,
+) -> None:
+    """Train the Preference Control Model by REBEL from reward-model scores.
+
+    The experts stay as they are; learning itself asks none of them. The run's folder holds metrics.jsonl and
+    checkpoints/last, a Hugging Face folder for `[pcm] path` or `mope-bb chat --pcm`. Ctrl-C saves and ends.
+    """
+    from mope_bb.cli.zoo_choice import choose_experts, new_folder, use_cores
+
+    flags = {"prompts": prompts, "max_steps": max_steps, "max_minutes": max_minutes, "seed": seed}
+    settings: dict[str, Any] = {name: value for name, value in flags.items() if value is not None}
+    check_flags(settings)
+    if leave_out:
+        settings["preferences"] = {"leave_out": [names.split(",") for names in leave_out]}
+    use_cores()
+    experts = choose_experts(config_path, size=zoo_size, seed=zoo_seed, train=settings)
+    folder = new_folder(out or experts.config.train.output_dir, "runs")
+    with open_setup(experts.config, merge, folder, ablation=ablation, is_zoo=experts.zoo is not None) as setup:
+        from mope_bb.training.trainer import Trainer
+
+        trainer = Trainer(setup)
+        with live(setup) as on_step:
+            try:
+                trainer.run(on_step)
+            except KeyboardInterrupt:
+                if setup.pcm.policy_version:
+                    click.echo(f"\nStopped; what was learned is saved in {trainer.save()}.", err=True)
+                raise
+    click.echo(f"Trained {setup.pcm.policy_version} batches; the PCM is in {folder / 'checkpoints' / 'last'}", err=True)
+    click.echo(str(folder / "checkpoints" / "last"))
+
+
+def check_flags(settings: dict[str, Any]) -> None:
+    """Refuse wrong numbers before a zoo is built. Raises ConfigError."""
+    from mope_bb.config import parse_config
+
+    parse_config({"experts": [{"name": "any", "provider": "local"}], "train": settings}, source="the command line")
+
+
+@contextmanager
+def open_setup(config: Any, merge: str, folder: Any, *, ablation: str | None, is_zoo: bool) -> Iterator[TrainingSetup]:
+    """Open everything that a run needs; what is wrong is told before anything is sampled. Raises ConfigError."""
+    from pathlib import Path
+
+    from mope_bb.inference import choose_device
+    from mope_bb.pcm.bench import ExpertBench
+    from mope_bb.pcm.model import build_pcm, load_pcm
+    from mope_bb.pcm.plans import configured_rule
+    from mope_bb.rewards.base import References
+    from mope_bb.rewards.registry import open_reward_panel
+    from mope_bb.training.tasks import load_prompts
+    from mope_bb.training.trainer import Ablation, TrainingSetup, reference_expert, served_dimensions
+
+    rule = configured_rule(config, merge)
+    base = config.roster().base
+    if rule.needs_base and base is None:
+        raise ConfigError(
+            f"the merge rule {rule.name!r} needs a base expert and none is configured",
+            hint="Add `base = true` to the expert that the others were fine-tuned from, or pass --merge linear.",
+        )
+    reference, dimensions = reference_expert(config), served_dimensions(config)
+    if config.train.prompts is not None:
+        loaded = load_prompts(Path(config.train.prompts))
+    elif is_zoo:
+        from mope_bb.zoo.judging import zoo_prompts
+
+        loaded = zoo_prompts(held_out=False)
+    else:
+        raise ConfigError("there are no prompts to train on", hint="Set `prompts` in [train], or pass --prompts.")
+    panel = open_reward_panel(config, dimensions)
+    try:
+        device = choose_device(config.pcm.device)
+        styled = [expert.name for expert in config.experts if not expert.base]
+        if config.pcm.path is not None:
+            pcm = load_pcm(config.pcm.path, device=device)
+        elif config.pcm.backbone is not None:
+            pcm = build_pcm(config.pcm.backbone, styled, device=device)
+        else:
+            raise ConfigError("there is no PCM to train", hint="Set `backbone` (or `path`) in [pcm].")
+        names = {*styled, reference, *((base,) if base is not None else ())}
+        with ExpertBench(config, names) as bench:
+            yield TrainingSetup(
+                config,
+                rule,
+                pcm,
+                bench,
+                panel,
+                loaded,
+                References(Path(folder) / "references.jsonl"),
+                Path(folder),
+                Ablation(
+                    shuffles_rewards=ablation == "shuffled-rewards",
+                    is_context_free=ablation == "context-free",
+                    uses_features=ablation not in ("no-features", "context-free"),
+                ),
+            )
+    finally:
+        panel.close()
+
+
+@contextmanager
+def live(setup: TrainingSetup) -> Iterator[Callable[[StepMetrics, float], None]]:
+    """Progress on standard error: a bar on a terminal, else a line now and then."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        told = -1
+
+        def tell(metrics: StepMetrics, share: float) -> None:
+            nonlocal told
+            if int(share * 10) > told:
+                told = int(share * 10)
+                print(describe(metrics), file=sys.stderr, flush=True)
+
+        yield tell
+        return
+    columns = (BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task(f"training ({setup.rule.name}) ...", total=1.0)
+
+        def show(metrics: StepMetrics, share: float) -> None:
+            bar.update(task, description=describe(metrics), completed=min(share, 1.0))
+
+        yield show
+
+
+def describe(metrics: StepMetrics) -> str:
+    """One step in one line."""
+    align = "" if math.isnan(metrics.sign_align) else f" · sign align {metrics.sign_align:.2f}"
+    dropped = f" · {metrics.num_dropped} dropped" if metrics.num_dropped else ""
+    reward = f"{metrics.reward:.3f} ± {1.96 * metrics.reward_sem:.3f}"
+    return (
+        f"batch {metrics.step} · reward {reward} · loss {metrics.loss:.4f}{align}"
+        f" · weights' entropy {metrics.weights_entropy:.2f}{dropped} · {metrics.seconds:.0f} s"
+    )

@@ -1,0 +1,1 @@
+"""Methods compared: their answers, the statistics with intervals, the table and the report."""

@@ -1,0 +1,185 @@
+"""Questions on the side, each a small table: list lengths, sliders, groups of tasks; and how answers came about."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Final
+
+import torch
+
+from mope_bb.evaluation.evaluator import Evaluator
+from mope_bb.evaluation.methods import EvalTask, Given, Method, SampledMethod, merge_request
+from mope_bb.evaluation.results import (
+    ColouredAnswer,
+    ColouredToken,
+    Evaluation,
+    ScoredAnswer,
+    Study,
+    WeightsOverAnswer,
+)
+from mope_bb.evaluation.statistics import Interval, measure_cells
+from mope_bb.evaluation.suite import STATIC, Suite, mope_name
+from mope_bb.pcm.heads import NoHead, PcmRows
+from mope_bb.pcm.local_sampler import LocalSampler
+from mope_bb.pcm.mixture import carriers, fill_missing
+from mope_bb.pcm.plans import configured_rule
+from mope_bb.pcm.rollouts import Rollout
+from mope_bb.preferences import Preference
+from mope_bb.text import TextAssembler
+from mope_bb.training.tasks import WantedStyle
+from mope_bb.types import END
+
+TENTHS: Final = 10
+SLIDER: Final = (0.05, 0.25, 0.5, 0.75, 0.95)
+"""Weights of the first of two opposite dimensions."""
+
+
+def interval_of(answers: Sequence[ScoredAnswer], infos: Sequence[Method], method: str, measure: str) -> Interval:
+    """Mean of `measure` over the answers of `method`, with its 95 % interval by prompt."""
+    evaluation = Evaluation(methods=[one.info for one in infos], answers=list(answers))
+    return measure_cells(evaluation, measure).mean(method)
+
+
+def comparison_study(
+    methods: Sequence[Method],
+    groups: Mapping[str, Sequence[EvalTask]],
+    evaluator: Evaluator,
+    *,
+    name: str,
+    title: str,
+    explanation: str,
+) -> tuple[Study, dict[str, list[ScoredAnswer]]]:
+    """Several methods on several groups of tasks: mean reward (and oracle) with half-widths.
+
+    Also gives the answers, by "group/method".
+    """
+    columns = ["group", "method", "reward", "±", *(["oracle", "± oracle"] if evaluator.measure else []), "tokens"]
+    rows: list[list[str | float | None]] = []
+    every: dict[str, list[ScoredAnswer]] = {}
+    for group, tasks in groups.items():
+        evaluator.prepare(tasks)
+        for method in methods:
+            answers = evaluator.run(method, tasks)
+            every[f"{group}/{method.info.name}"] = answers
+            row: list[str | float | None] = [group, method.info.name]
+            for measure in ("reward", *(("oracle",) if evaluator.measure else ())):
+                found = interval_of(answers, methods, method.info.name, measure)
+                row += [found.value, found.half_width]
+            rows.append([*row, interval_of(answers, methods, method.info.name, "tokens").value])
+    return Study(name, title, explanation, columns, rows), every
+
+
+def truncation_study(suite: Suite, evaluator: Evaluator, tasks: Sequence[EvalTask], ks: Sequence[int]) -> Study:
+    """What shorter and longer lists cost: the static product and every trained PCM at each k. Local experts only."""
+    columns = ["k", "method", "reward", "±", "fluency", "mass off the lists"]
+    rows: list[list[str | float | None]] = []
+    for k in ks:
+        models = {name: replace(model, top_k=k) for name, model in suite.bench.models.items()}
+        methods = [
+            SampledMethod(
+                suite.static_product().info,
+                LocalSampler(models, NoHead()),
+                merge_request(suite.config, configured_rule(suite.config, "product"), reads_text=True),
+            ),
+            *(
+                SampledMethod(
+                    suite.mope(rule).info,
+                    LocalSampler(models, PcmRows(pcm)),
+                    merge_request(suite.config, configured_rule(suite.config, rule), reads_text=True),
+                )
+                for rule, pcm in suite.pcms.items()
+            ),
+        ]
+        for method in methods:
+            pairs = evaluator.run_with_answers(method, tasks)
+            answers = [scored for scored, _ in pairs]
+            rewards = interval_of(answers, methods, method.info.name, "reward")
+            tails = torch.cat([given.rollout.lists.tails.flatten() for _, given in pairs if given.rollout is not None])
+            fluency = interval_of(answers, methods, method.info.name, "fluency").value if evaluator.measure else None
+            rows.append([str(k), method.info.name, rewards.value, rewards.half_width, fluency, float(tails.mean())])
+    return Study(
+        "truncation",
+        "How much the endpoints show",
+        "The same PCMs (trained at the configured k) and the static product with lists of other lengths.",
+        columns,
+        rows,
+    )
+
+
+def slider_study(suite: Suite, evaluator: Evaluator, prompts: Sequence[EvalTask], first: str, second: str) -> Study:
+    """From `second` to `first` by weight: does the answer follow? Lengths, and the reward model's score of `first`."""
+    methods: list[Method] = [suite.uniform(), suite.static_product(), *(suite.mope(rule) for rule in suite.pcms)]
+    methods[0] = suite.method("user-weighted mixture", "training-free", "", "linear")
+    rows: list[list[str | float | None]] = []
+    for weight in SLIDER:
+        style = WantedStyle(Preference.of({first: weight, second: 1 - weight}), {first: 1.0})
+        tasks = [replace(task, style=style) for task in prompts]
+        row: list[str | float | None] = [f"{weight:g}"]
+        for method in methods:
+            answers = evaluator.run(method, tasks)
+            row += [
+                sum(one.num_tokens for one in answers) / len(answers),
+                sum(one.scores[first] for one in answers) / len(answers),
+            ]
+        rows.append(row)
+    names = [method.info.name for method in methods]
+    columns = [f"weight of {first}", *(f"{name}: {what}" for name in names for what in ("tokens", "score"))]
+    return Study(
+        "slider",
+        f"A slider from {second} to {first}",
+        f"Mean length of the answers, and the score of the reward model of {first}, as its weight grows.",
+        columns,
+        rows,
+        plot={"kind": "line", "x": columns[0], "y": [f"{name}: tokens" for name in names], "error": None},
+    )
+
+
+def weights_over_answer(method: str, preference: str, answers: Sequence[Given]) -> WeightsOverAnswer:
+    """Mean weight of each expert in each tenth of the answers, which share one preference; each step sums to 1."""
+    rollouts = [given.rollout for given in answers if given.rollout is not None]
+    names = rollouts[0].request.plan.experts
+    totals, counts = torch.zeros(TENTHS, len(names)), torch.zeros(TENTHS, 1)
+    for rollout in rollouts:
+        weights = rollout.weights / rollout.weights.sum(dim=-1, keepdim=True)
+        tenth = torch.arange(len(rollout)) * TENTHS // len(rollout)
+        totals.index_add_(0, tenth, weights)
+        counts.index_add_(0, tenth, torch.ones(len(rollout), 1))
+    means = totals / counts.clamp_min(1.0)
+    return WeightsOverAnswer(method, preference, {name: means[:, i].tolist() for i, name in enumerate(names)})
+
+
+def coloured_answer(question: str, preference: str, method: str, rollout: Rollout) -> ColouredAnswer:
+    """An answer with each expert's share in each token."""
+    plan = rollout.request.plan
+    shares = carriers(plan.rule, fill_missing(plan.rule, rollout.lists.logprobs, rollout.lists.floors), rollout.weights)
+    assembler = TextAssembler()
+    tokens: list[ColouredToken] = []
+    for step, piece in enumerate(rollout.pieces):
+        if piece == END:
+            break
+        carried = shares[step, :, int(rollout.index[step])].tolist()
+        tokens.append(
+            ColouredToken(
+                text=assembler.feed(piece),
+                shares=dict(zip(plan.experts, carried, strict=True)),
+                weights=dict(zip(plan.experts, rollout.weights[step].tolist(), strict=True)),
+            )
+        )
+    return ColouredAnswer(question, preference, method, tokens)
+
+
+def gain_kept(
+    every: Mapping[str, Sequence[ScoredAnswer]], methods: Sequence[Method], *, part: str, whole: str, rule: str
+) -> float:
+    """Share of the gain over the untrained rule on the tasks `whole` that is left on the tasks `part`."""
+    untrained = STATIC if rule == "product" else "user-weighted mixture"
+
+    def gain(group: str) -> float:
+        trained, before = (
+            interval_of(every[f"{group}/{name}"], methods, name, "reward").value
+            for name in (mope_name(rule), untrained)
+        )
+        return trained - before
+
+    return gain(part) / gain(whole)

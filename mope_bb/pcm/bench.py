@@ -1,0 +1,59 @@
+"""The experts of a configuration, opened for sampling many answers with one policy after another."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Collection
+from types import TracebackType
+from typing import Self
+
+from mope_bb.config import Config
+from mope_bb.pcm.gates import Gate
+from mope_bb.pcm.heads import NoHead, PcmRows
+from mope_bb.pcm.local_models import are_local, open_local_models
+from mope_bb.pcm.local_sampler import LocalSampler
+from mope_bb.pcm.model import PreferenceControlModel
+from mope_bb.pcm.pool_sampler import PoolSampler
+from mope_bb.pcm.rollouts import Sampler
+from mope_bb.providers.pool import ExpertPool
+
+
+class ExpertBench:
+    """Local experts answer in step, batch by batch; others through the pool, many answers at once."""
+
+    def __init__(self, config: Config, names: Collection[str]) -> None:
+        """Opens the experts `names` if they are all local; others are opened when they are first asked."""
+        chosen = [expert for expert in config.experts if expert.name in names]
+        self.models = open_local_models(chosen) if are_local(chosen) else {}
+        """The local experts by name; empty when some expert is not local."""
+        self._pool = ExpertPool(chosen, cache=None)
+        self._runner = asyncio.Runner()
+
+    def sampler(
+        self, pcm: PreferenceControlModel | None = None, *, gate: Gate | None = None, is_context_free: bool = False
+    ) -> Sampler:
+        """A sampler whose weights come from `pcm`, or from `gate`, or are the user's own. Raises AlignmentError."""
+        if self.models and (pcm is None or self.reads_expert_ids(pcm)):
+            head = NoHead(gate) if pcm is None else PcmRows(pcm, is_context_free=is_context_free)
+            return LocalSampler(self.models, head)
+        return PoolSampler(self._pool, self._runner, pcm, gate=gate)
+
+    def reads_expert_ids(self, pcm: PreferenceControlModel) -> bool:
+        """Whether the PCM's tokenizer is that of the experts; known for pool experts once one was asked."""
+        if self.models:
+            fingerprints = {model.tokenizer.fingerprint for model in self.models.values()}
+            return fingerprints == {pcm.tokenizer.fingerprint}
+        return self._pool.tokenizer_fingerprint == pcm.tokenizer.fingerprint
+
+    def close(self) -> None:
+        """Free connections and models."""
+        with self._runner:
+            self._runner.run(self._pool.aclose())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,41 @@
+"""From a preference to a plan: who is asked, with which weights, by which rule."""
+
+from __future__ import annotations
+
+from mope_bb.config import Config
+from mope_bb.errors import ConfigError
+from mope_bb.pcm.decode import Plan
+from mope_bb.pcm.mixture import MergeRule, build_rule
+from mope_bb.preferences import Preference, describe_preference
+
+
+def configured_rule(config: Config, name: str | None = None, *, trained: str | None = None) -> MergeRule:
+    """The rule called `name` with the configured constants. Raises ConfigError.
+
+    Without a name: the configuration's own, else the one that the PCM was `trained` for, else the paper's.
+    """
+    merge = config.merge
+    return build_rule(
+        name or merge.rule or trained or "linear", product_scale=merge.product_scale, plausibility=merge.plausibility
+    )
+
+
+def build_plan(config: Config, preference: Preference, rule: MergeRule, *, reads_text: bool) -> Plan:
+    """The plan for `preference`. `reads_text`: a trained (or learning) PCM will read a sentence.
+
+    Raises PreferenceError for what no expert serves, ConfigError for a rule whose base is not configured.
+    """
+    roster = config.roster()
+    lambdas = roster.resolve(preference, reads_text=reads_text)
+    if rule.needs_base and roster.base is None:
+        raise ConfigError(
+            f"the merge rule {rule.name!r} needs a base expert and none is configured",
+            hint="Add `base = true` to the expert that the others were fine-tuned from.",
+        )
+    return Plan(
+        rule,
+        experts=tuple(lambdas),
+        lambdas=tuple(lambdas.values()),
+        base=roster.base,
+        preference_text=describe_preference(preference, config.dimension_texts()),
+    )

@@ -1,0 +1,139 @@
+"""What a run trains on: prompts, and preferences drawn from many combinations, weights and wordings."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations, product
+from pathlib import Path
+from typing import Any, Final
+
+from mope_bb.config import Config, PreferenceMixConfig
+from mope_bb.errors import ConfigError
+from mope_bb.preferences import Preference
+from mope_bb.types import Message
+
+ROLES: Final = ("system", "user", "assistant")
+
+
+@dataclass(frozen=True, slots=True)
+class WantedStyle:
+    """A preference as the user writes it, and the dimensions that its reward is made of."""
+
+    preference: Preference
+    weights: Mapping[str, float]
+    """Dimension -> weight in the reward; positive, summing to 1."""
+
+    @property
+    def label(self) -> str:
+        """The dimensions, for people."""
+        return ",".join(sorted(self.weights))
+
+
+class StyleSource:
+    """Draws preferences: single dimensions, pairs, triples, random weights; as names, weights or sentences."""
+
+    def __init__(self, config: Config, dimensions: Sequence[str], mix: PreferenceMixConfig) -> None:
+        """`dimensions` are those that have experts and rewards. Raises ConfigError for unknown ones in the axes, and
+        where no preference is left to draw.
+        """
+        self._mix = mix
+        self._texts = {name: section.wordings for name, section in config.dimensions.items() if section.wordings}
+        axes = [tuple(axis) for axis in mix.axes] or [(name,) for name in dimensions]
+        for name in (name for axis in axes for name in axis):
+            if name not in dimensions:
+                raise ConfigError(
+                    f"the axes of [train.preferences] name the dimension {name!r}, which has no expert",
+                    hint=f"Known: {', '.join(dimensions)}.",
+                )
+        left_out = {frozenset(names) for names in mix.leave_out}
+        self._by_size = {
+            size: [
+                names
+                for chosen in combinations(axes, size)
+                for names in product(*chosen)
+                if frozenset(names) not in left_out
+            ]
+            for size in range(1, min(3, len(axes)) + 1)
+        }
+        if not any(mix.sizes[size - 1] for size, found in self._by_size.items() if found):
+            raise ConfigError(
+                "[train.preferences] leaves no preference to draw",
+                hint="`leave_out` excludes every combination of the `axes` that has a share in `sizes`.",
+            )
+
+    def draw(self, rng: random.Random) -> WantedStyle:
+        """One preference."""
+        sizes = [size for size in self._by_size if self._by_size[size]]
+        shares = [self._mix.sizes[size - 1] for size in sizes]
+        names = rng.choice(self._by_size[rng.choices(sizes, shares)[0]])
+        forms = {"names": self._mix.names, "weights": self._mix.weights, "sentences": self._mix.sentences}
+        if not all(name in self._texts for name in names):
+            # Nobody can say it in words.
+            forms["sentences"] = 0.0
+            if not any(forms.values()):
+                forms["names"] = 1.0
+        form = rng.choices(list(forms), list(forms.values()))[0]
+        if form == "weights" and len(names) > 1:
+            drawn = [rng.uniform(0.2, 1.0) for _ in names]
+            weighted = Preference.of({name: round(value, 2) for name, value in zip(names, drawn, strict=True)})
+            return WantedStyle(weighted, weighted.weights)
+        even = Preference.of(dict.fromkeys(names, 1.0))
+        if form == "sentences":
+            return WantedStyle(sentence_for(names, self._texts, rng), even.weights)
+        return WantedStyle(even, even.weights)
+
+
+def sentence_for(names: Collection[str], wordings: Mapping[str, Sequence[str]], rng: random.Random) -> Preference:
+    """A sentence that asks for these dimensions, each in one of its wordings, in any order."""
+    order = list(names)
+    rng.shuffle(order)
+    return Preference(text=" ".join(rng.choice(wordings[name]) for name in order))
+
+
+def load_prompts(path: Path) -> tuple[tuple[Message, ...], ...]:
+    """Prompts from a text file (one a line) or JSONL ({"prompt": text} or {"messages": [...]} a line).
+
+    Raises ConfigError that names the line; an empty file is an error too.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        raise ConfigError(f"there is no prompt file {str(path)!r}", hint="Set `prompts` in [train].") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the prompt file {str(path)!r} cannot be read: {error}") from None
+    is_json = path.suffix in (".jsonl", ".json")
+    prompts = []
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            where = f"{str(path)!r}, line {number}"
+            prompts.append(_parse_line(line, where) if is_json else (Message("user", line.strip()),))
+    if not prompts:
+        raise ConfigError(f"the prompt file {str(path)!r} holds no prompt", hint="Write one prompt a line.")
+    return tuple(prompts)
+
+
+def _parse_line(line: str, where: str) -> tuple[Message, ...]:
+    try:
+        found: Any = json.loads(line)
+    except ValueError as error:
+        raise ConfigError(f"{where}: not valid JSON: {error}") from None
+    hint = 'Write {"prompt": "..."} or {"messages": [{"role": "user", "content": "..."}]}.'
+    if not isinstance(found, dict):
+        raise ConfigError(f"{where}: {type(found).__name__}, expected an object", hint=hint)
+    if isinstance(found.get("prompt"), str) and found["prompt"].strip():
+        return (Message("user", found["prompt"]),)
+    messages = found.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise ConfigError(f"{where}: neither `prompt` nor `messages`", hint=hint)
+    parsed = []
+    for message in messages:
+        is_text = isinstance(message, dict) and isinstance(message.get("content"), str)
+        if not is_text or message.get("role") not in ROLES:
+            raise ConfigError(f"{where}: a message needs a role ({', '.join(ROLES)}) and content", hint=hint)
+        parsed.append(Message(message["role"], message["content"]))
+    if parsed[-1].role != "user":
+        raise ConfigError(f"{where}: the last message is the {parsed[-1].role}'s, expected the user's", hint=hint)
+    return tuple(parsed)
