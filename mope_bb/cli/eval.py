@@ -20,7 +20,7 @@ from mope_bb.errors import ConfigError
 if TYPE_CHECKING:
     from mope_bb.cli.zoo_choice import Experts
     from mope_bb.evaluation.evaluator import Evaluator
-    from mope_bb.evaluation.methods import EvalTask, Method, WrittenMethod
+    from mope_bb.evaluation.methods import EvalTask, Method
     from mope_bb.evaluation.results import Curve, Evaluation
     from mope_bb.evaluation.suite import Suite
     from mope_bb.pcm.model import PreferenceControlModel
@@ -37,6 +37,7 @@ KS: Final = (5, 20, 100_000)
 @click.option("--num-prompts", type=click.IntRange(min=2), default=48, show_default=True)
 @click.option("--num-samples", type=click.IntRange(min=1), default=1, show_default=True, help="Answers per task.")
 @click.option("--quick", is_flag=True, help="Only the strongest baselines, and no studies.")
+@click.option("--ceilings", is_flag=True, help="Zoo only: also tune what weights could reach at best (minutes).")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--zoo-size", default="tiny", show_default=True, help="Without --config.")
 @click.option("--zoo-seed", default=0, show_default=True, help="Without --config.")
@@ -48,6 +49,7 @@ def evaluate(  # noqa: PLR0917  # one parameter per flag
     num_prompts: int,
     num_samples: int,
     quick: bool,
+    ceilings: bool,
     seed: int,
     zoo_size: str,
     zoo_seed: int,
@@ -59,6 +61,8 @@ def evaluate(  # noqa: PLR0917  # one parameter per flag
     """
     from mope_bb.cli.zoo_choice import choose_experts, new_folder, use_cores
 
+    if ceilings and config_path is not None:
+        raise ConfigError("--ceilings needs the zoo, whose grammar is known", hint="Leave out --config or --ceilings.")
     use_cores()
     started = time.monotonic()
     experts = choose_experts(
@@ -67,7 +71,9 @@ def evaluate(  # noqa: PLR0917  # one parameter per flag
     folder = new_folder(out, "evals")
     pcms = load_pcms(experts.config, pcm_paths)
     chosen = choose_prompts(experts, num_prompts, seed)
-    evaluation = run_evaluation(experts, pcms, chosen, folder, quick=quick, num_samples=num_samples, seed=seed)
+    evaluation = run_evaluation(
+        experts, pcms, chosen, folder, quick=quick, has_ceilings=ceilings, num_samples=num_samples, seed=seed
+    )
     evaluation.facts.update(
         {
             **machine_facts(),
@@ -145,12 +151,15 @@ def run_evaluation(
     folder: Path,
     *,
     quick: bool,
+    has_ceilings: bool,
     num_samples: int,
     seed: int,
 ) -> Evaluation:
     """Ask and judge everything."""
+    from mope_bb.cli.zoo_eval import ceiling_method, ideal_method, oracle_of
     from mope_bb.evaluation.evaluator import Evaluator
     from mope_bb.evaluation.results import Evaluation
+    from mope_bb.evaluation.studies import ceiling_study
     from mope_bb.evaluation.suite import IDEAL, Suite, run_all
     from mope_bb.pcm.bench import ExpertBench
     from mope_bb.rewards.base import References
@@ -171,13 +180,20 @@ def run_evaluation(
                 reference_expert(config),
                 SamplingOptions(max_tokens=config.train.max_tokens),
                 seed=seed,
-                measure=oracle_of(experts),
+                measure=None if experts.zoo is None else oracle_of(experts.zoo),
             )
             suite = Suite(config, bench, pcms)
             tell("sampling the reference responses")
             validation = validation_tasks(experts, tasks, wanted, seed)
             evaluator.prepare([*tasks, *validation])
-            extra = [ideal_method(experts)] if experts.zoo is not None else []
+            extra: list[Method] = []
+            if experts.zoo is not None:
+                extra.append(ideal_method(experts.zoo))
+            if experts.zoo is not None and has_ceilings:
+                extra += [
+                    ceiling_method(rule, experts.zoo, suite, evaluator, validation, tell=tell)
+                    for rule in ("linear", "product")
+                ]
             if quick:
                 methods, answers = run_quick(suite, evaluator, tasks, extra, num_samples)
             else:
@@ -190,6 +206,8 @@ def run_evaluation(
                 ideal=IDEAL if extra else None,
                 questions=[messages[-1].content for messages in prompts],
             )
+            if has_ceilings:
+                evaluation.studies.append(ceiling_study(evaluation))
             add_pictures(evaluation, suite, evaluator, tasks)
             if not quick:
                 add_studies(evaluation, experts, suite, evaluator, tasks)
@@ -225,28 +243,6 @@ def validation_tasks(
     return build_tasks(spread_prompts(12, held_out=False, seed=seed + 1), wanted)
 
 
-def oracle_of(experts: Experts) -> Any:
-    """The zoo's oracle as a measure; None for other experts."""
-    judge = experts.zoo
-    if judge is None:
-        return None
-    return lambda task, text, reference: judge.measures(task.messages, task.style.weights, text, reference)
-
-
-def ideal_method(experts: Experts) -> WrittenMethod:
-    """The grammar's own answers, the top of the headroom."""
-    from mope_bb.evaluation.methods import WrittenMethod
-    from mope_bb.evaluation.results import MethodInfo
-    from mope_bb.evaluation.suite import IDEAL
-
-    judge = experts.zoo
-    assert judge is not None
-    return WrittenMethod(
-        MethodInfo(IDEAL, "ceiling", "written by the grammar with every wanted pole"),
-        lambda task, seed: judge.ideal(task.messages, tuple(task.style.weights), seed),
-    )
-
-
 def add_pictures(evaluation: Evaluation, suite: Suite, evaluator: Evaluator, tasks: Sequence[EvalTask]) -> None:
     """How the trained weights go over the answers, and one answer coloured by expert."""
     from mope_bb.evaluation.studies import coloured_answer, weights_over_answer
@@ -270,6 +266,7 @@ def add_studies(
     evaluation: Evaluation, experts: Experts, suite: Suite, evaluator: Evaluator, tasks: Sequence[EvalTask]
 ) -> None:
     """List lengths, a slider, random weights, and (in the zoo) wordings known and unknown."""
+    from mope_bb.cli.zoo_eval import in_words
     from mope_bb.evaluation.studies import comparison_study, slider_study, truncation_study
 
     trained = [suite.mope(rule) for rule in suite.pcms]
@@ -333,24 +330,6 @@ def with_random_weights(tasks: Sequence[EvalTask]) -> list[EvalTask]:
     return found
 
 
-def in_words(tasks: Sequence[EvalTask], *, held_out: bool) -> list[EvalTask]:
-    """The same tasks, each dimension asked for by one of the zoo's sentences."""
-    from dataclasses import replace
-
-    from mope_bb.training.tasks import WantedStyle, sentence_for
-    from mope_bb.zoo.wording import DIMENSIONS, style_sentences
-
-    rng = random.Random("words")
-    wordings = {name: style_sentences(name, held_out=held_out) for name in DIMENSIONS}
-    return [
-        replace(
-            task,
-            style=WantedStyle(sentence_for(sorted(task.style.weights), wordings, rng), task.style.weights),
-        )
-        for task in tasks
-    ]
-
-
 def read_curves(paths: Sequence[str], rules: Mapping[str, Any]) -> list[Curve]:
     """The learning curves of the runs that the PCMs came from, where their metrics.jsonl is still there."""
     from mope_bb.evaluation.results import Curve
@@ -386,14 +365,13 @@ def show(evaluation: Evaluation, folder: Path) -> None:
 
     from mope_bb.evaluation.report import write_report
     from mope_bb.evaluation.results import to_json
-    from mope_bb.evaluation.suite import STATIC, UNIFORM, mope_name
+    from mope_bb.evaluation.suite import UNTRAINED, mope_name
     from mope_bb.evaluation.table import render_evaluation
 
     (folder / "evaluation.json").write_text(to_json(evaluation), encoding="utf-8")
-    untrained = {"linear": UNIFORM, "geometric": "geometric (MOD)", "product": STATIC}
     names = {method.name for method in evaluation.methods}
     pairs = {
-        before: mope_name(rule) for rule, before in untrained.items() if mope_name(rule) in names and before in names
+        before: mope_name(rule) for rule, before in UNTRAINED.items() if mope_name(rule) in names and before in names
     }
     Console().print(render_evaluation(evaluation, pairs))
     write_report(evaluation, folder / "report.html")

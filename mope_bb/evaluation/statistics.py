@@ -124,6 +124,21 @@ class MeasuredCells:
             shares = (resampled[:, 0] - resampled[:, 1]) / (resampled[:, 2] - resampled[:, 1])
         return percentile_interval(float((value[0] - value[1]) / (value[2] - value[1])), shares)
 
+    def gain_ratio(self, part: tuple[str, str], whole: tuple[str, str]) -> Interval | None:
+        """(after - before) of `part` over that of `whole`, each (before, after), all four resampled together.
+
+        None where the whole is no gain; raises `ConfigError` where no prompt has all four. They may answer different
+        preferences: each mean is over its own cells.
+        """
+        means = [self._shared_means(method) for method in (*part, *whole)]
+        values = [float(value[0]) for value, _ in means]
+        if abs(values[3] - values[2]) < TIE:
+            return None
+        draws = [resampled[:, 0] for _, resampled in means]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            ratios = (draws[1] - draws[0]) / (draws[3] - draws[2])
+        return percentile_interval((values[1] - values[0]) / (values[3] - values[2]), ratios)
+
     def _columns(self, *methods: str) -> Array:
         return self.cells[:, :, [self.methods.index(method) for method in methods]]
 

@@ -14,12 +14,13 @@ from mope_bb.evaluation.results import (
     ColouredAnswer,
     ColouredToken,
     Evaluation,
+    MethodInfo,
     ScoredAnswer,
     Study,
     WeightsOverAnswer,
 )
 from mope_bb.evaluation.statistics import Interval, measure_cells
-from mope_bb.evaluation.suite import STATIC, Suite, mope_name
+from mope_bb.evaluation.suite import UNTRAINED, WEIGHTED, Suite, ceiling_name, mope_name
 from mope_bb.pcm.heads import NoHead, PcmRows
 from mope_bb.pcm.local_sampler import LocalSampler
 from mope_bb.pcm.mixture import carriers, fill_missing
@@ -110,7 +111,7 @@ def truncation_study(suite: Suite, evaluator: Evaluator, tasks: Sequence[EvalTas
 def slider_study(suite: Suite, evaluator: Evaluator, prompts: Sequence[EvalTask], first: str, second: str) -> Study:
     """From `second` to `first` by weight: does the answer follow? Lengths, and the reward model's score of `first`."""
     methods: list[Method] = [suite.uniform(), suite.static_product(), *(suite.mope(rule) for rule in suite.pcms)]
-    methods[0] = suite.method("user-weighted mixture", "training-free", "", "linear")
+    methods[0] = suite.method(WEIGHTED, "training-free", "", "linear")
     rows: list[list[str | float | None]] = []
     for weight in SLIDER:
         style = WantedStyle(Preference.of({first: weight, second: 1 - weight}), {first: 1.0})
@@ -169,17 +170,34 @@ def coloured_answer(question: str, preference: str, method: str, rollout: Rollou
     return ColouredAnswer(question, preference, method, tokens)
 
 
+def ceiling_study(evaluation: Evaluation) -> Study:
+    """How much of what its own weights could gain over the uniform mixture each rule has gained, by the oracle."""
+    cells = measure_cells(evaluation, "oracle")
+    rows: list[list[str | float | None]] = []
+    for rule in UNTRAINED:
+        top = ceiling_name(rule)
+        for method in (UNTRAINED[rule], mope_name(rule)):
+            if cells.has(method, top, evaluation.bottom):
+                share = cells.share(method, bottom=evaluation.bottom, top=top)
+                ends = (None, None, None) if share is None else (share.value, share.low, share.high)
+                rows.append([method, cells.mean(method).value, cells.mean(top).value, *ends])
+    return Study(
+        "ceilings",
+        "What weights could reach",
+        "Share of the way from the uniform mixture to the rule's own ceiling: weights chosen by an oracle that knows "
+        "the grammar, tuned by the oracle's score. 95 % interval by prompt.",
+        ["method", "oracle", "ceiling", "share", "low", "high"],
+        rows,
+    )
+
+
 def gain_kept(
-    every: Mapping[str, Sequence[ScoredAnswer]], methods: Sequence[Method], *, part: str, whole: str, rule: str
-) -> float:
-    """Share of the gain over the untrained rule on the tasks `whole` that is left on the tasks `part`."""
-    untrained = STATIC if rule == "product" else "user-weighted mixture"
+    answers: Sequence[ScoredAnswer], *, part: tuple[str, str], whole: tuple[str, str], measure: str
+) -> Interval | None:
+    """Share of a gain that is left: (after - before) of `part` over that of `whole`, each (before, after).
 
-    def gain(group: str) -> float:
-        trained, before = (
-            interval_of(every[f"{group}/{name}"], methods, name, "reward").value
-            for name in (mope_name(rule), untrained)
-        )
-        return trained - before
-
-    return gain(part) / gain(whole)
+    The four names are methods of `answers`. None where the whole is no gain.
+    """
+    names = (*part, *whole)
+    evaluation = Evaluation(methods=[MethodInfo(name, "mope", "") for name in names], answers=list(answers))
+    return measure_cells(evaluation, measure).gain_ratio(part, whole)

@@ -32,7 +32,11 @@ from mope_bb.pcm.plans import configured_rule
 from mope_bb.training.trainer import served_dimensions
 
 UNIFORM: Final = "uniform mixture"
+WEIGHTED: Final = "user-weighted mixture"
+GEOMETRIC: Final = "geometric (MOD)"
 STATIC: Final = "static product"
+UNTRAINED: Final = {"linear": WEIGHTED, "geometric": GEOMETRIC, "product": STATIC}
+"""Merge rule -> the method that it is while every score is 0."""
 IDEAL: Final = "ideal answer"
 SCALES: Final = (0.4, 0.6, 0.8, 1.0)
 """Of the task-vector sum."""
@@ -42,6 +46,11 @@ Tell = Callable[[str], None]
 def mope_name(rule: str) -> str:
     """What a trained PCM's method is called."""
     return f"MoPE {rule}"
+
+
+def ceiling_name(rule: str) -> str:
+    """What the best weights of a rule are called."""
+    return f"ceiling of {rule}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,8 +96,8 @@ class Suite:
         """Everything that needs nothing but logprobs, and no training."""
         base = self.config.roster().base
         found: list[Method] = [self.uniform()]
-        found.append(self.method("user-weighted mixture", "training-free", "linear rule, the user's weights", "linear"))
-        found.append(self.method("geometric (MOD)", "training-free", "geometric rule, the user's weights", "geometric"))
+        found.append(self.method(WEIGHTED, "training-free", "linear rule, the user's weights", "linear"))
+        found.append(self.method(GEOMETRIC, "training-free", "geometric rule, the user's weights", "geometric"))
         found.append(
             self.method(
                 "router by entropy",

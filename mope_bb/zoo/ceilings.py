@@ -1,14 +1,14 @@
 """What weights could reach at best: an oracle that knows the grammar's state chooses them, tuned by the oracle's score.
 
-For each state of the answer (before the opener, after it, after the core, after some details ...) and each wanted pole
-of the detail dimension one weight per wanted expert is chosen by coordinate ascent on training questions. No PCM of
-the same rule that sees only these states could do better; one that sees more may.
+For each state of the answer (its start, after an opener, where the number of details is decided ...) and each wanted
+pole of the detail dimension one weight per wanted expert is chosen by coordinate ascent on training questions. No PCM
+of the same rule that sees only these states could do better; one that sees more may.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
 import torch
@@ -18,68 +18,53 @@ from mope_bb.chat_tokenizer import ChatTokenizer
 from mope_bb.pcm.heads import HeadRows
 from mope_bb.pcm.mixture import MergeRule
 from mope_bb.pcm.rollouts import RolloutRequest
-from mope_bb.zoo.language import MAX_DETAILS
 from mope_bb.zoo.oracle import parse
 from mope_bb.zoo.wording import POLES
 
-STATES: Final = (
-    "start",
-    "after opener",
-    "after core",
-    "after 1-3 details",
-    "after 4 details",
-    "after closer",
-    "inside",
-)
-TUNED: Final = STATES[:5]
-"""Elsewhere the grammar leaves no choice of style."""
-LINEAR_CHOICES: Final = (
-    (1.0, 0.0, 0.0),
-    (0.0, 1.0, 0.0),
-    (0.0, 0.0, 1.0),
-    (0.5, 0.5, 0.0),
-    (0.5, 0.0, 0.5),
-    (0.0, 0.5, 0.5),
-    (1 / 3, 1 / 3, 1 / 3),
-)
-"""Weights of the register, detail and tone experts."""
-PRODUCT_CHOICES: Final = tuple((a, b, c) for a in (0.5, 1.0, 2.5) for b in (0.5, 1.0, 2.5) for c in (0.5, 1.0, 2.5))
-"""beta of the register, detail and tone experts."""
+REGISTER, DETAIL, TONE = range(3)
+Weights = tuple[float, float, float]
+"""Of the register, detail and tone experts."""
+Table = dict[tuple[str, str], Weights]
+"""(state, wanted pole of the detail dimension) -> weights."""
+DECIDED_BY: Final = {
+    "start": TONE,
+    "core": REGISTER,
+    "count": DETAIL,
+    "mark": DETAIL,
+    "detail": REGISTER,
+    "closer": TONE,
+    "inside": REGISTER,
+}
+"""State of the answer -> the dimension that its next piece belongs to most: where the search begins."""
+MARKS: Final = {"\n": "mark", "\n-": "detail", "\n\n": "closer"}
+"""What follows a sentence -> the state behind it."""
+LINEAR_CHOICES: Final = (0.0, 0.1, 0.25, 0.5, 1.0)
+"""Shares of one expert; the others keep their proportions in the rest."""
 LINEAR_FLOOR: Final = 1e-6
-
-Table = dict[tuple[str, str], tuple[float, float, float]]
-"""(state, wanted pole of the detail dimension) -> weights of the register, detail and tone experts."""
 
 
 class GrammarReader:
     """Follows one answer piece by piece and names its state."""
 
     def __init__(self) -> None:
-        self.state = STATES[0]
-        self._pending = b""
-        self._num_details = 0
+        self.state = "start"
+        self._sentence = b""
 
     def feed(self, data: bytes) -> None:
         """The answer goes on with `data`."""
-        self._pending += data
-        text = self._pending.decode(errors="replace").strip()
-        if not text:
+        self._sentence += data
+        text = self._sentence.decode(errors="replace").rstrip(" ")
+        if not text.strip("\n- "):
+            self.state = MARKS.get(text, self.state)
             return
         self.state = "inside"
         # Most pieces end inside a word, where no sentence is complete.
         if text[-1].isalnum():
             return
         found = parse(text)
-        if len(found) != 1 or found[0].role == "unknown":
-            return
-        self._pending = b""
-        if found[0].role == "detail":
-            self._num_details += 1
-        if found[0].role in ("core", "detail"):
-            steps = ("after core", *["after 1-3 details"] * (MAX_DETAILS - 1), "after 4 details")
-            self.state = steps[min(self._num_details, MAX_DETAILS)]
-        else:
-            self.state = "after opener" if found[0].role == "opener" else "after closer"
+        if len(found) == 1 and found[0].role in ("opener", "core", "detail"):
+            self._sentence = b""
+            self.state = "core" if found[0].role == "opener" else "count"
 
 
 class GrammarHead(HeadRows):
@@ -111,52 +96,80 @@ class GrammarHead(HeadRows):
     def _scores(self) -> Tensor:
         scores = torch.zeros(len(self._readers), len(self._names))
         for row, (reader, wanted) in enumerate(zip(self._readers, self._wanted, strict=True)):
-            weights = self._table.get((reader.state, detail_pole(wanted)))
-            if weights is not None:
-                for name in wanted:
-                    scores[row, self._names.index(name)] = self._score(weights[axis_of(name)])
+            weights = self._table[reader.state, detail_pole(wanted)]
+            for name in wanted:
+                scores[row, self._names.index(name)] = self._score(weights[axis_of(name)])
         return scores
 
     def _score(self, weight: float) -> float:
         """The score at which the rule gives `weight`, lambda being even."""
         if self._rule.name == "product":
-            return math.atanh(math.log(weight) / self._rule.product_scale)
+            return math.atanh(min(max(math.log(weight) / self._rule.product_scale, -0.999), 0.999))
         return math.log(max(weight, LINEAR_FLOOR))
 
 
 def axis_of(pole: str) -> int:
-    """0 for register, 1 for detail, 2 for tone."""
+    """REGISTER, DETAIL or TONE."""
     return next(axis for axis, poles in enumerate(POLES) if pole in poles)
 
 
 def detail_pole(wanted: Sequence[str]) -> str:
     """Which pole of the detail dimension is wanted."""
-    return next(pole for pole in wanted if pole in POLES[1])
+    return next(pole for pole in wanted if pole in POLES[DETAIL])
+
+
+def first_table(rule: MergeRule) -> Table:
+    """In each state the expert of the dimension that decides there is as strong as the rule allows."""
+    if rule.name == "product":
+        strong, other = math.exp(rule.product_scale), 1.0
+    else:
+        strong, other = 0.9, 0.05
+    return {
+        (state, pole): _weights([strong if axis == decides else other for axis in range(3)])
+        for state, decides in DECIDED_BY.items()
+        for pole in POLES[DETAIL]
+    }
+
+
+def neighbours(rule: MergeRule, weights: Weights) -> Iterator[Weights]:
+    """Weights that differ in one expert's share (linear) or one expert's exponent (product)."""
+    for axis in range(3):
+        if rule.name == "product":
+            reach = rule.product_scale
+            for exponent in (-reach, -reach / 2, 0.0, reach / 2, reach):
+                yield _weights([math.exp(exponent) if i == axis else weights[i] for i in range(3)])
+        else:
+            rest = sum(weights) - weights[axis]
+            for share in LINEAR_CHOICES:
+                others = [(1 - share) * (weights[i] / rest if rest > 0 else 0.5) for i in range(3)]
+                yield _weights([share if i == axis else others[i] for i in range(3)])
 
 
 def tune_table(
     rule: MergeRule,
     rate: Callable[[Table], dict[str, float]],
     *,
-    passes: int = 1,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Table:
-    """The best table found by coordinate ascent.
+    """The best table found by one round of coordinate ascent.
 
     `rate` samples with a table and gives the mean oracle score for each wanted detail pole: the two halves of a table
     do not influence each other, so one sampling rates a choice for both.
     """
-    choices = PRODUCT_CHOICES if rule.name == "product" else LINEAR_CHOICES
-    even = (1.0, 1.0, 1.0) if rule.name == "product" else (1 / 3, 1 / 3, 1 / 3)
-    table: Table = {(state, pole): even for state in TUNED for pole in POLES[1]}
+    table = first_table(rule)
     best = rate(table)
-    for _ in range(passes):
-        for state in TUNED:
-            start = dict(table)
-            for choice in choices:
-                found = rate(start | {(state, pole): choice for pole in POLES[1]})
-                for pole, value in found.items():
-                    if value > best[pole]:
-                        best[pole], table[state, pole] = value, choice
-            progress(f"{rule.name}, {state}: {best}")
+    for state in DECIDED_BY:
+        start = {pole: table[state, pole] for pole in POLES[DETAIL]}
+        # Both halves begin alike, and each keeps its own best.
+        for choice in dict.fromkeys(neighbours(rule, start[POLES[DETAIL][0]])):
+            found = rate(table | {(state, pole): choice for pole in POLES[DETAIL]})
+            for pole, value in found.items():
+                if value > best[pole]:
+                    best[pole], table[state, pole] = value, choice
+        progress(f"{rule.name}, {state}: " + ", ".join(f"{pole} {value:.3f}" for pole, value in best.items()))
     return table
+
+
+def _weights(values: Sequence[float]) -> Weights:
+    register, detail, tone = values
+    return register, detail, tone
