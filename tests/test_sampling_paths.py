@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -27,6 +27,7 @@ from mope_bb.pcm.row_lists import LocalModel
 from mope_bb.preferences import Preference, parse_preference
 from mope_bb.providers.pool import ExpertPool
 from mope_bb.training.learner import Learner, LearnerOptions, Pair, Recorded, recompute
+from mope_bb.transport import HttpClient
 from mope_bb.types import Message, SamplingOptions
 from mope_bb.zoo import DIMENSIONS
 from mope_bb.zoo.build import Zoo
@@ -44,8 +45,9 @@ PREFERENCES = (
 )
 """Different experts, different numbers of them, and the first names two that stand apart in the roster."""
 QUESTIONS = ("How do I fix a bike?", "What is a tide?", "Hello", "Can you tell me how to bake bread, please?")
-LOGPROB_GAP = 2e-5
-"""Forwards of different shapes differ in float32 by up to 2e-6 for experts, 1e-5 with a PCM of large scores."""
+LOGPROB_GAP = 1e-4
+"""Forwards of different shapes differ in float32, with a PCM of large scores by up to some 2e-5 in log pi; the shapes
+that the pool happens to meet differ from run to run."""
 
 
 def config_of(nano: Zoo) -> Config:
@@ -261,9 +263,16 @@ def test_bench_chooses_the_path(nano: Zoo, paths: Paths) -> None:
     check_equal(found, expected)
 
 
+async def refuse(*args: Any, **kwargs: Any) -> NoReturn:
+    """What an expert says that must not be asked."""
+    raise AssertionError("an expert was asked")
+
+
 @pytest.mark.parametrize("rule", [RULES[0], RULES[2]], ids=lambda rule: rule.name)
-def test_served_experts_can_be_learned_from(nano_experts: ZooServer, nano: Zoo, rule: MergeRule) -> None:
-    """Through llama.cpp `recompute` reproduces the recorded log-probabilities, before learning and after it."""
+def test_served_experts_can_be_learned_from(
+    nano_experts: ZooServer, nano: Zoo, rule: MergeRule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through llama.cpp `recompute` reproduces the log-probabilities, before learning, which asks nobody, and after."""
     config = nano_experts.config()
     pcm = train(nano)
     with ExpertBench(config, [expert.name for expert in config.experts]) as bench:
@@ -289,7 +298,9 @@ def test_served_experts_can_be_learned_from(nano_experts: ZooServer, nano: Zoo, 
             torch.testing.assert_close(logprobs.double(), recorded.old_logprobs, rtol=0, atol=1e-4)
             if version == 7:
                 pairs = [Pair(one, other, (1.0, 0.0)) for one, other in zip(rollouts[::2], rollouts[1::2], strict=True)]
-                Learner(pcm, LearnerOptions(), eta=1.0).step(pairs, seed=0, share_done=0.0)
+                with monkeypatch.context() as patched:
+                    patched.setattr(HttpClient, "_request", refuse)
+                    Learner(pcm, LearnerOptions(), eta=1.0).step(pairs, seed=0, share_done=0.0)
 
 
 def test_folders_are_loaded_once(nano: Zoo, tmp_path: Path) -> None:

@@ -37,6 +37,7 @@ KS: Final = (5, 20, 100_000)
 @click.option("--num-prompts", type=click.IntRange(min=2), default=48, show_default=True)
 @click.option("--num-samples", type=click.IntRange(min=1), default=1, show_default=True, help="Answers per task.")
 @click.option("--quick", is_flag=True, help="Only the strongest baselines, and no studies.")
+@click.option("--context-free", is_flag=True, help="Hold each PCM's first scores for the whole answer.")
 @click.option("--ceilings", is_flag=True, help="Zoo only: also tune what weights could reach at best (minutes).")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--zoo-size", default="tiny", show_default=True, help="Without --config.")
@@ -49,6 +50,7 @@ def evaluate(  # noqa: PLR0917  # one parameter per flag
     num_prompts: int,
     num_samples: int,
     quick: bool,
+    context_free: bool,
     ceilings: bool,
     seed: int,
     zoo_size: str,
@@ -72,7 +74,15 @@ def evaluate(  # noqa: PLR0917  # one parameter per flag
     pcms = load_pcms(experts.config, pcm_paths)
     chosen = choose_prompts(experts, num_prompts, seed)
     evaluation = run_evaluation(
-        experts, pcms, chosen, folder, quick=quick, has_ceilings=ceilings, num_samples=num_samples, seed=seed
+        experts,
+        pcms,
+        chosen,
+        folder,
+        quick=quick,
+        is_context_free=context_free,
+        has_ceilings=ceilings,
+        num_samples=num_samples,
+        seed=seed,
     )
     evaluation.facts.update(
         {
@@ -151,6 +161,7 @@ def run_evaluation(
     folder: Path,
     *,
     quick: bool,
+    is_context_free: bool,
     has_ceilings: bool,
     num_samples: int,
     seed: int,
@@ -182,7 +193,7 @@ def run_evaluation(
                 seed=seed,
                 measure=None if experts.zoo is None else oracle_of(experts.zoo),
             )
-            suite = Suite(config, bench, pcms)
+            suite = Suite(config, bench, pcms, is_context_free=is_context_free)
             tell("sampling the reference responses")
             validation = validation_tasks(experts, tasks, wanted, seed)
             evaluator.prepare([*tasks, *validation])
@@ -267,7 +278,8 @@ def add_studies(
 ) -> None:
     """List lengths, a slider, random weights, and (in the zoo) wordings known and unknown."""
     from mope_bb.cli.zoo_eval import in_words
-    from mope_bb.evaluation.studies import comparison_study, slider_study, truncation_study
+    from mope_bb.evaluation.studies import comparison_study, gain_study, slider_study, truncation_study
+    from mope_bb.evaluation.suite import WEIGHTED
 
     trained = [suite.mope(rule) for rule in suite.pcms]
     some = tasks[: 16 * len({task.style.label for task in tasks})]
@@ -287,7 +299,7 @@ def add_studies(
     weighted = with_random_weights(some)
     untrained: list[Method] = [
         suite.uniform(),
-        suite.method("user-weighted mixture", "training-free", "", "linear"),
+        suite.method(WEIGHTED, "training-free", "", "linear"),
         suite.static_product(),
     ]
     study, _ = comparison_study(
@@ -301,10 +313,9 @@ def add_studies(
     evaluation.studies.append(study)
     if experts.zoo is not None and trained:
         tell("study: wordings")
-        groups = {
-            kind: in_words(some, held_out=kind == "unseen wordings") for kind in ("known wordings", "unseen wordings")
-        }
-        study, _ = comparison_study(
+        known, unseen = "known wordings", "unseen wordings"
+        groups = {known: in_words(tasks, held_out=False), unseen: in_words(tasks, held_out=True)}
+        study, answers = comparison_study(
             [*untrained[1:], *trained],
             groups,
             evaluator,
@@ -312,7 +323,7 @@ def add_studies(
             title="Preferences in words",
             explanation="Sentences of the training, and sentences that neither experts nor PCM ever saw.",
         )
-        evaluation.studies.append(study)
+        evaluation.studies.extend([study, gain_study(answers, list(suite.pcms), part=unseen, whole=known)])
 
 
 def with_random_weights(tasks: Sequence[EvalTask]) -> list[EvalTask]:

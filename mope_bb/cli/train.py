@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mope_bb.errors import ConfigError
+from mope_bb.errors import ConfigError, MopeError
 
 if TYPE_CHECKING:
     from mope_bb.training.trainer import StepMetrics, TrainingSetup
@@ -25,9 +25,7 @@ ABLATIONS = ("shuffled-rewards", "context-free", "no-features")
 @click.option(
     "--merge",
     type=click.Choice(["linear", "geometric", "product"]),
-    default="product",
-    show_default=True,
-    help="The merge rule to train for.",
+    help="The merge rule to train for; default: the configuration's, else product.",
 )
 @click.option("--max-steps", type=int, help="Batches of the run.")
 @click.option("--max-minutes", type=float, help="Longest duration; the schedule fits itself to it.")
@@ -40,7 +38,7 @@ def train(  # noqa: PLR0917  # one parameter per flag
     config_path: str | None,
     prompts: str | None,
     out: str | None,
-    merge: str,
+    merge: str | None,
     max_steps: int | None,
     max_minutes: float | None,
     seed: int | None,
@@ -71,7 +69,7 @@ def train(  # noqa: PLR0917  # one parameter per flag
         with live(setup) as on_step:
             try:
                 trainer.run(on_step)
-            except KeyboardInterrupt:
+            except (KeyboardInterrupt, MopeError):
                 if setup.pcm.policy_version:
                     click.echo(f"\nStopped; what was learned is saved in {trainer.save()}.", err=True)
                 raise
@@ -87,7 +85,9 @@ def check_flags(settings: dict[str, Any]) -> None:
 
 
 @contextmanager
-def open_setup(config: Any, merge: str, folder: Any, *, ablation: str | None, is_zoo: bool) -> Iterator[TrainingSetup]:
+def open_setup(
+    config: Any, merge: str | None, folder: Any, *, ablation: str | None, is_zoo: bool
+) -> Iterator[TrainingSetup]:
     """Open everything that a run needs; what is wrong is told before anything is sampled. Raises ConfigError."""
     from pathlib import Path
 
@@ -100,7 +100,7 @@ def open_setup(config: Any, merge: str, folder: Any, *, ablation: str | None, is
     from mope_bb.training.tasks import load_prompts
     from mope_bb.training.trainer import Ablation, TrainingSetup, reference_expert, served_dimensions
 
-    rule = configured_rule(config, merge)
+    rule = configured_rule(config, merge, trained="product")
     base = config.roster().base
     if rule.needs_base and base is None:
         raise ConfigError(

@@ -8,7 +8,7 @@ from typing import Final
 
 import torch
 
-from mope_bb.evaluation.evaluator import Evaluator
+from mope_bb.evaluation.evaluator import Evaluator, renamed
 from mope_bb.evaluation.methods import EvalTask, Given, Method, SampledMethod, merge_request
 from mope_bb.evaluation.results import (
     ColouredAnswer,
@@ -50,25 +50,51 @@ def comparison_study(
     name: str,
     title: str,
     explanation: str,
-) -> tuple[Study, dict[str, list[ScoredAnswer]]]:
-    """Several methods on several groups of tasks: mean reward (and oracle) with half-widths.
+) -> tuple[Study, list[ScoredAnswer]]:
+    """Several methods on several groups of tasks: mean reward (and oracle) with half-widths; and the answers.
 
-    Also gives the answers, by "group/method".
+    In the answers a method is called as `grouped` says.
     """
-    columns = ["group", "method", "reward", "±", *(["oracle", "± oracle"] if evaluator.measure else []), "tokens"]
+    measures = ("reward", "oracle") if evaluator.measure else ("reward",)
+    columns = ["group", "method", *(column for measure in measures for column in (measure, f"± {measure}")), "tokens"]
     rows: list[list[str | float | None]] = []
-    every: dict[str, list[ScoredAnswer]] = {}
+    every: list[ScoredAnswer] = []
     for group, tasks in groups.items():
         evaluator.prepare(tasks)
         for method in methods:
             answers = evaluator.run(method, tasks)
-            every[f"{group}/{method.info.name}"] = answers
-            row: list[str | float | None] = [group, method.info.name]
-            for measure in ("reward", *(("oracle",) if evaluator.measure else ())):
-                found = interval_of(answers, methods, method.info.name, measure)
-                row += [found.value, found.half_width]
-            rows.append([*row, interval_of(answers, methods, method.info.name, "tokens").value])
+            every += renamed(answers, grouped(group, method.info.name))
+            found = [interval_of(answers, methods, method.info.name, measure) for measure in (*measures, "tokens")]
+            cells = [cell for one in found[:-1] for cell in (one.value, one.half_width)]
+            rows.append([group, method.info.name, *cells, found[-1].value])
     return Study(name, title, explanation, columns, rows), every
+
+
+def grouped(group: str, method: str) -> str:
+    """What a method is called among answers of several groups."""
+    return f"{method} ({group})"
+
+
+def gain_study(answers: Sequence[ScoredAnswer], rules: Sequence[str], *, part: str, whole: str) -> Study:
+    """Of the gain that training brought on the group `whole`, the share that is there on the group `part`.
+
+    `answers` are those of `comparison_study`. The gain is that over the same rule without training.
+    """
+    rows: list[list[str | float | None]] = []
+    for rule in rules:
+        pairs = [(grouped(group, UNTRAINED[rule]), grouped(group, mope_name(rule))) for group in (part, whole)]
+        for measure in ("reward", "oracle") if answers[0].measures else ("reward",):
+            kept = gain_kept(answers, part=pairs[0], whole=pairs[1], measure=measure)
+            rows.append(
+                [mope_name(rule), measure, *((None,) * 3 if kept is None else (kept.value, kept.low, kept.high))]
+            )
+    return Study(
+        f"{part}: gain kept",
+        f"How much of the gain on {whole} is there on {part}",
+        "Gain of the trained PCM over the same rule without training; 95 % interval by prompt.",
+        ["method", "by", "kept", "low", "high"],
+        rows,
+    )
 
 
 def truncation_study(suite: Suite, evaluator: Evaluator, tasks: Sequence[EvalTask], ks: Sequence[int]) -> Study:
@@ -86,7 +112,7 @@ def truncation_study(suite: Suite, evaluator: Evaluator, tasks: Sequence[EvalTas
             *(
                 SampledMethod(
                     suite.mope(rule).info,
-                    LocalSampler(models, PcmRows(pcm)),
+                    LocalSampler(models, PcmRows(pcm, is_context_free=suite.is_context_free)),
                     merge_request(suite.config, configured_rule(suite.config, rule), reads_text=True),
                 )
                 for rule, pcm in suite.pcms.items()

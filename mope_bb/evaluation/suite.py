@@ -61,6 +61,8 @@ class Suite:
     bench: ExpertBench
     pcms: Mapping[str, PreferenceControlModel]
     """Merge rule -> the PCM that was trained for it."""
+    is_context_free: bool = False
+    """Whether the PCMs' scores before the first token hold for the whole answer."""
     num_best_of: int = 8
 
     def method(
@@ -77,7 +79,7 @@ class Suite:
         """The trained PCM of `rule`."""
         return SampledMethod(
             MethodInfo(mope_name(rule), "mope", f"the trained PCM, {rule} rule"),
-            self.bench.sampler(self.pcms[rule]),
+            self.bench.sampler(self.pcms[rule], is_context_free=self.is_context_free),
             merge_request(self.config, configured_rule(self.config, rule), reads_text=True),
         )
 

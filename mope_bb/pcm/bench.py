@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Self
 
 from mope_bb.config import Config
+from mope_bb.errors import ConfigError
 from mope_bb.pcm.gates import Gate
 from mope_bb.pcm.heads import NoHead, PcmRows
 from mope_bb.pcm.local_models import are_local, open_local_models
@@ -32,10 +33,18 @@ class ExpertBench:
     def sampler(
         self, pcm: PreferenceControlModel | None = None, *, gate: Gate | None = None, is_context_free: bool = False
     ) -> Sampler:
-        """A sampler whose weights come from `pcm`, or from `gate`, or are the user's own. Raises AlignmentError."""
+        """A sampler whose weights come from `pcm`, or from `gate`, or are the user's own.
+
+        Raises AlignmentError, and ConfigError for a context-free PCM on experts that are not local.
+        """
         if self.models and (pcm is None or self.reads_expert_ids(pcm)):
             head = NoHead(gate) if pcm is None else PcmRows(pcm, is_context_free=is_context_free)
             return LocalSampler(self.models, head)
+        if is_context_free:
+            raise ConfigError(
+                "a context-free PCM needs local experts and their tokenizer",
+                hint="It is an ablation: run it on the embedded zoo, without --config.",
+            )
         return PoolSampler(self._pool, self._runner, pcm, gate=gate)
 
     def reads_expert_ids(self, pcm: PreferenceControlModel) -> bool:

@@ -6,6 +6,8 @@ import os
 import shutil
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from mope_bb.errors import TrainingError
 from mope_bb.pcm.model import PreferenceControlModel
 
@@ -27,7 +29,7 @@ def save_checkpoint(pcm: PreferenceControlModel, folder: Path, name: str) -> Pat
             target.replace(old)
         temporary.replace(target)
         shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise TrainingError(
             f"the checkpoint {str(target)!r} cannot be written: {error}", hint="Is there room on the disk?"
         ) from None

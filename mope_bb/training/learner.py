@@ -50,8 +50,6 @@ class LearnerOptions:
     """Passes over the window at each batch."""
     per_device_train_batch_size: int = 32
     """Pairs of one optimiser step."""
-    lora_rank: int = 0
-    """Train a LoRA adapter of this rank on the backbone; 0 trains all weights."""
     feature_learning_rate: float = 5e-2
     """Of the experts' features."""
 
@@ -240,7 +238,7 @@ class Learner:
         norm = float(nn.utils.clip_grad_norm_(self._parameters, self._options.max_grad_norm))
         if not math.isfinite(norm):
             raise TrainingError(
-                f"the gradient is {norm} (loss {float(loss):.3g}); the weights were not changed",
+                f"the gradient is {norm} (loss {float(loss.detach()):.3g}); the weights were not changed",
                 hint="Lower `learning_rate`, or look for extreme rewards in metrics.jsonl.",
             )
         self._optimizer.step()

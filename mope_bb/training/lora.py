@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
+
 from mope_bb.errors import ConfigError
-from mope_bb.pcm.model import PreferenceControlModel
+from mope_bb.pcm.model import HEADS, PreferenceControlModel
 
 
 def add_lora(pcm: PreferenceControlModel, *, rank: int) -> None:
@@ -16,7 +18,16 @@ def add_lora(pcm: PreferenceControlModel, *, rank: int) -> None:
     except ImportError:
         raise ConfigError("`lora_rank` needs the package peft", hint="pip install 'mope-bb[train]'") from None
     config = LoraConfig(
-        task_type=TaskType.TOKEN_CLS, r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear"
+        task_type=TaskType.TOKEN_CLS,
+        r=rank,
+        lora_alpha=2 * rank,
+        lora_dropout=0.0,
+        target_modules="all-linear",
+        # The head starts at zero: peft trains it whole, and it must not be adapted as well.
+        exclude_modules=list(HEADS),
     )
-    pcm.model = get_peft_model(pcm.model, config)
+    with warnings.catch_warnings():
+        # peft asks transformers by a name that is to change; nothing that the user could do.
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+        pcm.model = get_peft_model(pcm.model, config)
     pcm.model.eval()

@@ -15,7 +15,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import median
 
 import torch
 from torch import Tensor
@@ -66,17 +65,18 @@ def rebel_loss(inputs: RebelInputs, *, eta: float) -> RebelOutputs:
 
 
 def choose_eta(reward_differences: Sequence[float], *, target: float = 1.0) -> float:
-    """`eta = "auto"`: the median pair with different rewards is asked for a log-ratio difference of `target` nats.
+    """`eta = "auto"`: a difference as large as their root mean square is asked for a log-ratio of `target` nats.
 
+    The mean square and not the median: where most pairs are nearly even, the few that differ carry the lesson.
     Raises TrainingError if no two rewards differ.
     """
-    sizes = [abs(value) for value in reward_differences if value != 0]
-    if not sizes:
+    size = math.sqrt(sum(value * value for value in reward_differences) / max(1, len(reward_differences)))
+    if size == 0.0:
         raise TrainingError(
             "all rewards of the first batches are equal, so there is nothing to learn from",
             hint="Do the reward models tell answers apart? Look at their scores, or give `eta` a number.",
         )
-    return target / median(sizes)
+    return target / size
 
 
 def effective_sample_share(log_ratios: Tensor) -> float:

@@ -36,18 +36,19 @@ class StyleSource:
     """Draws preferences: single dimensions, pairs, triples, random weights; as names, weights or sentences."""
 
     def __init__(self, config: Config, dimensions: Sequence[str], mix: PreferenceMixConfig) -> None:
-        """`dimensions` are those that have experts and rewards. Raises ConfigError for unknown ones in the axes, and
-        where no preference is left to draw.
+        """`dimensions` are those that have experts and rewards. Raises ConfigError for unknown ones in the axes and in
+        what is left out, and where no preference is left to draw.
         """
         self._mix = mix
         self._texts = {name: section.wordings for name, section in config.dimensions.items() if section.wordings}
         axes = [tuple(axis) for axis in mix.axes] or [(name,) for name in dimensions]
-        for name in (name for axis in axes for name in axis):
-            if name not in dimensions:
-                raise ConfigError(
-                    f"the axes of [train.preferences] name the dimension {name!r}, which has no expert",
-                    hint=f"Known: {', '.join(dimensions)}.",
-                )
+        for key, groups in (("axes", axes), ("leave_out", mix.leave_out)):
+            for name in (name for names in groups for name in names):
+                if name not in dimensions:
+                    raise ConfigError(
+                        f"`{key}` of [train.preferences] names the dimension {name!r}, which has no expert",
+                        hint=f"Known: {', '.join(dimensions)}.",
+                    )
         left_out = {frozenset(names) for names in mix.leave_out}
         self._by_size = {
             size: [

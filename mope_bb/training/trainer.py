@@ -9,7 +9,7 @@ import json
 import math
 import random
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -33,8 +33,8 @@ from mope_bb.training.tasks import StyleSource, WantedStyle
 from mope_bb.types import Message, SamplingOptions
 
 Prompts = Sequence[tuple[Message, ...]]
-PRODUCT_DEFAULTS: Final = {"learning_rate": 1e-3, "target_log_ratio": 1.0}
-OTHER_DEFAULTS: Final = {"learning_rate": 3e-3, "target_log_ratio": 3.0}
+PRODUCT_DEFAULTS: Final = {"learning_rate": 1e-3, "target_log_ratio": 2.0}
+OTHER_DEFAULTS: Final = {"learning_rate": 3e-3, "target_log_ratio": 5.0}
 FEATURE_RATE: Final = 50.0
 
 
@@ -143,10 +143,12 @@ class Trainer:
         Raises TrainingError, ProviderError, RewardError and ConfigError. A checkpoint is written at the end.
         """
         self._setup.output_dir.mkdir(parents=True, exist_ok=True)
-        self._write_run_file()
         self._started = time.monotonic()
         while self.share_done < 1.0:
             metrics = self._step()
+            if self._num_steps == 1:
+                # Not before: a first batch that fails leaves what an earlier run wrote as it is.
+                self._write_run_file()
             with (self._setup.output_dir / "metrics.jsonl").open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(asdict(metrics)) + "\n")
             if on_step is not None:
@@ -161,9 +163,9 @@ class Trainer:
         seed = f"{self._options.seed} {self._num_steps}"
         rng = random.Random(seed)
         tasks = [self._draw_task(rng) for _ in range(self._options.batch_size)]
-        self._sample_references(tasks, rng)
+        failure = self._sample_references(tasks, rng)
         rollouts = [self._sample(tasks, rng) for _ in range(2)]
-        pairs, dropped = self._score(tasks, rollouts)
+        pairs, dropped = self._score(tasks, rollouts, failure)
         if self._setup.ablation.shuffles_rewards:
             pairs = shuffle_rewards(pairs, rng)
         learner = self._open_learner(pairs)
@@ -185,8 +187,8 @@ class Trainer:
         requests = [RolloutRequest(task.messages, task.plan, rng.getrandbits(32)) for task in tasks]
         return self._sampler.sample(requests, self._sampling)
 
-    def _sample_references(self, tasks: Sequence[_Task], rng: random.Random) -> None:
-        sample_references(
+    def _sample_references(self, tasks: Sequence[_Task], rng: random.Random) -> MopeError | None:
+        return sample_references(
             (task.messages for task in tasks),
             self._setup.references,
             self._reference_sampler,
@@ -196,12 +198,17 @@ class Trainer:
         )
 
     def _score(
-        self, tasks: Sequence[_Task], rollouts: Sequence[Sequence[Rollout | FailedRollout]]
+        self,
+        tasks: Sequence[_Task],
+        rollouts: Sequence[Sequence[Rollout | FailedRollout]],
+        error: MopeError | None,
     ) -> tuple[list[Pair], int]:
-        """The pairs that could be sampled and scored, and how many could not. Raises AllRolloutsFailedError."""
+        """The pairs that could be sampled and scored, and how many could not.
+
+        `error` is why a reference failed, if one did. Raises AllRolloutsFailedError.
+        """
         references = self._setup.references
         whole: list[tuple[_Task, Rollout, Rollout, str]] = []
-        error: MopeError | None = None
         for task, first, second in zip(tasks, *rollouts, strict=True):
             reference = references.get(task.messages)
             if isinstance(first, Rollout) and isinstance(second, Rollout) and reference is not None:
@@ -329,8 +336,12 @@ def sample_references(
     expert: str,
     options: SamplingOptions,
     rng: random.Random,
-) -> None:
-    """Sample and store a reference response for every prompt that has none; one that fails stays without."""
+) -> MopeError | None:
+    """Sample and store a reference response for every prompt that has none.
+
+    One that fails stays without; the last such failure is returned.
+    """
+    failure: MopeError | None = None
     plan = Plan(MergeRule("linear"), experts=(expert,), lambdas=(1.0,), base=None, preference_text="")
     missing = [messages for messages in dict.fromkeys(prompts) if references.get(messages) is None]
     if missing:
@@ -338,6 +349,9 @@ def sample_references(
         for found in sampler.sample(requests, options):
             if isinstance(found, Rollout):
                 references.put(found.request.messages, found.text)
+            else:
+                failure = found.error
+    return failure
 
 
 def shuffle_rewards(pairs: Sequence[Pair], rng: random.Random) -> list[Pair]:
@@ -345,9 +359,3 @@ def shuffle_rewards(pairs: Sequence[Pair], rng: random.Random) -> list[Pair]:
     rewards = [reward for pair in pairs for reward in pair.rewards]
     rng.shuffle(rewards)
     return [Pair(pair.first, pair.second, (rewards[2 * i], rewards[2 * i + 1])) for i, pair in enumerate(pairs)]
-
-
-def mean_reward(rows: Sequence[Mapping[str, float]], last: int) -> float:
-    """Mean reward of the last rows of metrics."""
-    chosen = [row["reward"] for row in rows[-last:]]
-    return math.fsum(chosen) / len(chosen)

@@ -222,10 +222,11 @@ def test_without_axes_each_dimension_stands_alone() -> None:
     }
 
 
-def test_an_axis_that_names_no_dimension_is_an_error() -> None:
-    """A misspelt name is one ConfigError that lists the known ones."""
-    config = config_of(axes=(("simple", "tecnical"),))
-    with pytest.raises(ConfigError, match="'tecnical', which has no expert") as caught:
+@pytest.mark.parametrize("mix", [{"axes": (("simple", "tecnical"),)}, {"leave_out": [("tecnical", "concise")]}])
+def test_what_names_no_dimension_is_an_error(mix: dict[str, Any]) -> None:
+    """A misspelt name in the axes, or in what is never to be trained on, is one ConfigError that lists the known."""
+    config = config_of(**mix)
+    with pytest.raises(ConfigError, match=f"`{next(iter(mix))}` .*'tecnical', which has no expert") as caught:
         StyleSource(config, POLES, config.train.preferences)
     assert "technical" in str(caught.value.hint)
 

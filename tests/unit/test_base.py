@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from mope_bb.errors import LogprobsUnavailableError, MalformedResponseError
 from mope_bb.providers.base import SENTINEL_LOGPROB, build_distribution, with_system
-from mope_bb.types import END, Message, Piece, TokenDistribution
+from mope_bb.types import END, ROUNDING_MASS, Message, Piece, TokenDistribution
 
 Entries = list[tuple[Piece, float | None]]
 
@@ -153,12 +153,20 @@ def test_tail_mass_of_coarse_numbers_is_clamped() -> None:
 
 @given(entries=lists(), vocab_size=st.none() | st.integers(12, 1000))
 def test_floor_is_at_most_the_smallest_and_the_tail(entries: Entries, vocab_size: int | None) -> None:
-    """A missing piece is no more probable than the last listed one, nor than the (shared) tail."""
+    """A missing piece is no more probable than the last listed one, nor than its share of the tail and of rounding."""
     found = build(entries, vocab_size=vocab_size)
     missing = 1 if vocab_size is None else vocab_size - len(entries)
-    assert found.floor <= found.logprobs[-1]
-    if found.tail_mass > 0:
-        assert found.floor == pytest.approx(min(found.logprobs[-1], math.log(found.tail_mass / missing)))
+    shared = max(found.tail_mass, ROUNDING_MASS) / missing
+    assert found.floor == pytest.approx(min(found.logprobs[-1], math.log(shared)))
+
+
+def test_floor_of_a_list_without_tail_is_finite() -> None:
+    """A list that sums to 1 by rounding alone leaves out what is improbable, not what is impossible."""
+    certain = TokenDistribution((piece(1), piece(2)), (0.0, -20.0))
+    assert certain.tail_mass == 0.0
+    assert certain.floor == -20.0
+    assert TokenDistribution((piece(1),), (0.0,)).floor == pytest.approx(math.log(ROUNDING_MASS))
+    assert TokenDistribution((piece(1),), (0.0,), vocab_size=11).floor == pytest.approx(math.log(ROUNDING_MASS / 10))
 
 
 def test_floor_of_a_whole_vocabulary() -> None:

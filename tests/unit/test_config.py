@@ -26,7 +26,7 @@ def test_minimal_file(tmp_path: Path) -> None:
     config = load_config(write(tmp_path, MINIMAL))
     assert [expert.name for expert in config.experts] == ["short"]
     assert config == parse_config({"experts": [EXPERT]})
-    assert (config.merge.rule, config.cache.enabled, config.pcm.path) == ("linear", True, None)
+    assert (config.merge.rule, config.cache.enabled, config.pcm.path) == (None, True, None)
 
 
 @pytest.mark.parametrize(

@@ -124,22 +124,22 @@ def test_iterations_on_sampled_pairs_reach_the_best_arm() -> None:
     assert int(policy.argmax()) == int(ARMS.argmax())
 
 
-def test_eta_asks_the_median_pair_for_the_target() -> None:
-    """eta = target / median |dR| of the pairs that differ; equal pairs do not count."""
-    assert choose_eta([0.5, -0.1, 0.0, 0.2, 0.0]) == pytest.approx(1 / 0.2)
-    assert choose_eta([0.5, -0.1, 0.0, 0.2], target=3.0) == pytest.approx(3 / 0.2)
+def test_eta_asks_the_usual_difference_for_the_target() -> None:
+    """eta = target / root mean square of dR."""
+    assert choose_eta([0.3, -0.4, 0.0, 0.0]) == pytest.approx(1 / 0.25)
+    assert choose_eta([0.3, -0.4], target=3.0) == pytest.approx(3 / math.sqrt(0.125))
     assert choose_eta([-0.25]) == pytest.approx(4.0)
 
 
 @given(differences=st.lists(st.floats(-10, 10).filter(lambda x: x == 0 or abs(x) > 1e-6), min_size=1))
 def test_eta_is_positive_and_reaches_the_target(differences: list[float]) -> None:
-    """eta times the median difference is the target; without a difference it is an error."""
+    """eta times the usual difference is the target; without a difference it is an error."""
     if not any(differences):
         with pytest.raises(TrainingError, match="are equal"):
             choose_eta(differences)
     else:
-        sizes = np.abs([value for value in differences if value])
-        assert choose_eta(differences, target=2.0) * np.median(sizes) == pytest.approx(2.0)
+        size = np.sqrt(np.mean(np.square(differences)))
+        assert choose_eta(differences, target=2.0) * size == pytest.approx(2.0)
 
 
 @pytest.mark.parametrize("differences", [[], [0.0, 0.0]])

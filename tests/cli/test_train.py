@@ -1,0 +1,273 @@
+"""`mope-bb train`: it trains and saves, saves what it has when it is stopped, and refuses without touching anything."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import pytest
+
+from mope_bb.pcm.model import PreferenceControlModel, load_pcm
+from tests.rewards.conftest import save_llama
+
+if TYPE_CHECKING:
+    from mope_bb.zoo import Zoo
+    from tests.cli.conftest import Run
+
+FAILED = 1
+CONFIGURATION = 2
+INTERRUPTED = 130
+REWARDS = """
+import hashlib
+
+def fair(messages, answer):
+    return hashlib.sha256(answer.encode()).digest()[0] / 64
+
+def broken(messages, answer):
+    return float("nan")
+
+def stopped(messages, answer):
+    raise KeyboardInterrupt
+"""
+TRAIN = """
+[train]
+prompts = "prompts.txt"
+max_steps = 2
+batch_size = 3
+max_tokens = 6
+"""
+
+
+class Folder:
+    """A folder with a `mope.toml` of local experts, prompts, reward functions, and a finished run."""
+
+    def __init__(self, path: Path, nano: Zoo) -> None:
+        self.path = path
+        self._nano = nano
+        (path / "prompts.txt").write_text("How do I fix a bike?\nHello\n")
+        (path / "my_rewards_of_train.py").write_text(REWARDS)
+        self.run = path / "run"
+        for name, content in (
+            ("metrics.jsonl", '{"step": 1}\n'),
+            ("run.json", "{}\n"),
+            ("references.jsonl", ""),
+            ("checkpoints/last/mope.json", "{}\n"),
+        ):
+            (self.run / name).parent.mkdir(parents=True, exist_ok=True)
+            (self.run / name).write_text(content)
+
+    def config(
+        self, *, base: bool = True, reward: str | None = None, dimension: str = "concise", more: str = ""
+    ) -> str:
+        """The path of the configuration: two styled experts, perhaps the base; `more` is appended."""
+        reward = reward or 'kind = "function", function = "my_rewards_of_train:fair"'
+        tables = [
+            f'[[experts]]\nname = "{name}"\nprovider = "local"\nmodel = "{self._nano.folder(name)}"\ndevice = "cpu"\n'
+            + ("base = true\n" if name == "base" else f'dimension = "{name}"\n')
+            for name in (*(("base",) if base else ()), "concise", "friendly")
+        ]
+        tables += [f"[dimensions.{name}]\nreward = {{ {reward} }}\n" for name in (dimension, "friendly")]
+        tables += [f'[pcm]\nbackbone = "{self._nano.folder("base")}"\ndevice = "cpu"\n', TRAIN, more]
+        (self.path / "mope.toml").write_text("".join(tables))
+        return str(self.path / "mope.toml")
+
+    def content(self) -> dict[str, bytes]:
+        """Every file of the finished run, and the prompts."""
+        files = [*self.run.rglob("*"), self.path / "prompts.txt"]
+        return {str(file.relative_to(self.path)): file.read_bytes() for file in files if file.is_file()}
+
+
+@pytest.fixture
+def folder(nano: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Folder:
+    """The current directory of the test."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "my_rewards_of_train", raising=False)
+    return Folder(tmp_path, nano)
+
+
+def rows_of(run: Path) -> list[dict[str, Any]]:
+    """The rows of a run's metrics."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_it_trains_and_saves(mope: Run, folder: Folder) -> None:
+    """Progress and a summary on standard error, the checkpoint's path alone on standard output."""
+    result = mope("train", "-c", folder.config(), "-o", "new", "--max-steps", "3", "--seed", "4")
+    assert result.status == 0
+    assert result.out == "new/checkpoints/last\n"
+    lines = result.err.splitlines()
+    assert [line.split(" · ")[0] for line in lines[:-1]] == ["batch 1", "batch 2", "batch 3"]
+    assert lines[-1] == "Trained 3 batches; the PCM is in new/checkpoints/last"
+    pcm = load_pcm("new/checkpoints/last")
+    assert (pcm.rule, pcm.policy_version, pcm.experts) == ("product", 3, ("concise", "friendly"))
+    assert [row["step"] for row in rows_of(Path("new"))] == [1, 2, 3]
+    assert json.loads(Path("new/run.json").read_text())["train"]["seed"] == 4
+
+
+@pytest.mark.parametrize(
+    ("flags", "more", "rule"),
+    [
+        ((), '[merge]\nrule = "linear"\n', "linear"),
+        (("--merge", "geometric"), '[merge]\nrule = "linear"\n', "geometric"),
+    ],
+)
+def test_who_chooses_the_rule(mope: Run, folder: Folder, flags: tuple[str, ...], more: str, rule: str) -> None:
+    """The flag, else the configuration; without both the product, as above."""
+    mope("train", "-c", folder.config(more=more), "-o", "new", "--max-steps", "1", *flags)
+    assert load_pcm("new/checkpoints/last").rule == rule
+
+
+def test_flags_keep_the_rest_of_the_preferences(mope: Run, folder: Folder) -> None:
+    """--leave-out adds to [train.preferences] and replaces nothing else in it."""
+    axes = '[train.preferences]\naxes = [["concise", "friendly"]]\nsizes = [1, 0, 0]\n'
+    result = mope("train", "-c", folder.config(more=axes), "-o", "new", "--max-steps", "1", "--leave-out", "friendly")
+    assert result.status == 0, result.err
+    mix = json.loads(Path("new/run.json").read_text())["train"]["preferences"]
+    assert (mix["axes"], mix["leave_out"], mix["sizes"]) == ([["concise", "friendly"]], [["friendly"]], [1, 0, 0])
+
+
+def test_ctrl_c_saves_what_was_learned(mope: Run, folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After one of two batches: exit status 130, the path of the checkpoint, and one batch in it."""
+
+    @contextmanager
+    def interrupted(setup: Any) -> Iterator[Any]:
+        def on_step(metrics: Any, share: float) -> NoReturn:
+            raise KeyboardInterrupt
+
+        yield on_step
+
+    monkeypatch.setattr("mope_bb.cli.train.live", interrupted)
+    result = mope("train", "-c", folder.config(), "-o", "new")
+    assert (result.status, result.out) == (INTERRUPTED, "")
+    assert result.err.strip() == "Stopped; what was learned is saved in new/checkpoints/last."
+    assert load_pcm("new/checkpoints/last").policy_version == 1
+    assert len(rows_of(Path("new"))) == 1
+
+
+def test_ctrl_c_before_anything_was_learned(mope: Run, folder: Folder) -> None:
+    """Nothing is saved over an older run, and nothing is said."""
+    before = folder.content()
+    reward = 'kind = "function", function = "my_rewards_of_train:stopped"'
+    result = mope("train", "-c", folder.config(reward=reward), "-o", "run")
+    assert (result.status, result.out, result.err) == (INTERRUPTED, "", "")
+    assert {name: folder.content()[name] for name in before if "references" not in name} == {
+        name: content for name, content in before.items() if "references" not in name
+    }
+
+
+def test_an_error_saves_what_was_learned(mope: Run, folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that cannot go on after its first batch keeps it: one line says where, one says why."""
+    config = folder.config()
+    from mope_bb.training.trainer import Trainer
+
+    step = Trainer._step
+
+    def second_fails(self: Trainer) -> Any:
+        if self.share_done > 0:
+            from mope_bb.errors import ProviderConnectionError
+
+            raise ProviderConnectionError("the line is dead", expert="concise")
+        return step(self)
+
+    monkeypatch.setattr(Trainer, "_step", second_fails)
+    result = mope("train", "-c", config, "-o", "new")
+    assert result.status == 3
+    assert [line.split(";")[0].split(":")[0] for line in result.err.strip().splitlines() if "batch" not in line] == [
+        "Stopped",
+        "error",
+        "hint",
+    ]
+    assert "what was learned is saved in new/checkpoints/last" in result.err
+    assert load_pcm("new/checkpoints/last").policy_version == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "options", "status", "parts"),
+    [
+        (["--prompts", "absent.txt"], {}, CONFIGURATION, ["no prompt file 'absent.txt'"]),
+        (["--prompts", "empty.txt"], {}, CONFIGURATION, ["'empty.txt' holds no prompt"]),
+        (["--prompts", "broken.jsonl"], {}, CONFIGURATION, ["'broken.jsonl', line 1: not valid JSON"]),
+        (["--max-steps", "0"], {}, CONFIGURATION, ["train.max_steps"]),
+        (["--max-minutes", "nan"], {}, CONFIGURATION, ["train.max_minutes"]),
+        (["--leave-out", "friendly,concize"], {}, CONFIGURATION, ["'concize'", "Known: concise, friendly"]),
+        (["--merge", "median"], {}, CONFIGURATION, ["'median'"]),
+        (
+            [],
+            {"more": '[train.preferences]\naxes = [["concize"]]\n'},
+            CONFIGURATION,
+            ["'concize', which has no expert", "Known: concise, friendly"],
+        ),
+        ([], {"dimension": "concize"}, CONFIGURATION, ["'concise' has no reward", "[dimensions.concise]"]),
+        (
+            [],
+            {"reward": 'kind = "function", function = "my_rewards_of_train:fare"'},
+            CONFIGURATION,
+            ["no function 'fare'", "Did you mean 'fair'?"],
+        ),
+        (
+            [],
+            {"reward": 'kind = "classifier", path = "three", device = "cpu"'},
+            FAILED,
+            ["three' has 3 labels, a reward model has 1", "num_labels=1"],
+        ),
+        (
+            [],
+            {"reward": 'kind = "function", function = "my_rewards_of_train:broken"'},
+            FAILED,
+            ["none of the 3 pairs of batch 0", "is nan, not a finite number"],
+        ),
+        ([], {"base": False}, CONFIGURATION, ["'product' needs a base expert", "base = true"]),
+        (["--merge", "linear"], {"base": False}, CONFIGURATION, ["no expert is the base", "`reference`"]),
+        ([], {"more": 'reference = "bass"\n'}, CONFIGURATION, ["'bass', which is no expert"]),
+    ],
+    ids=lambda value: None if isinstance(value, int | dict) else "-".join(value[:1]).strip("-"),
+)
+def test_bad_input_costs_nothing(
+    mope: Run, folder: Folder, flags: list[str], options: dict[str, str], status: int, parts: list[str]
+) -> None:
+    """One line and a hint; a run that stands in the folder, and the prompts, are as they were."""
+    (folder.path / "empty.txt").write_text("\n \n")
+    (folder.path / "broken.jsonl").write_text("{\n")
+    if "three" in options.get("reward", ""):
+        save_llama(folder.path / "three", num_labels=3)
+    config = folder.config(**options)  # type: ignore[arg-type]
+    before = folder.content()
+    mope("train", "-c", config, "-o", "run", *flags).assert_refused(status, *parts)
+    after = folder.content()
+    # References, once sampled, are kept for the next attempt.
+    assert after | {"run/references.jsonl": b""} == before
+
+
+def test_an_untrained_folder_needs_a_backbone(mope: Run, folder: Folder) -> None:
+    """A configuration without [pcm], one that is no PCM, and an output folder that is a file are named."""
+    config = Path(folder.config())
+    text = config.read_text()
+    before, _, rest = text.partition("[pcm]")
+    config.write_text(before + "[train]" + rest.partition("[train]")[2])
+    mope("train", "-c", str(config), "-o", "run").assert_refused(CONFIGURATION, "no PCM to train", "`backbone`")
+    config.write_text(text.replace("backbone = ", "path = "))
+    mope("train", "-c", str(config), "-o", "run").assert_refused(CONFIGURATION, "no mope.json")
+    mope("train", "-c", str(config), "-o", "prompts.txt").assert_refused(CONFIGURATION, "'prompts.txt' cannot be made")
+
+
+def test_context_free_needs_batches(mope: Run, folder: Folder, nano: Zoo) -> None:
+    """The ablation exists for local experts that share the PCM's tokenizer: elsewhere it is refused, not ignored."""
+    scripted = "".join(
+        f'[[experts]]\nname = "{name}"\nprovider = "scripted"\nscript = [{{"Hi" = 0.6, "Yo" = 0.4}}]\n'
+        + ("base = true\n" if name == "base" else f'dimension = "{name}"\n')
+        for name in ("base", "concise")
+    )
+    Path("mope.toml").write_text(
+        scripted
+        + '[dimensions.concise]\nreward = { kind = "function", function = "my_rewards_of_train:fair" }\n'
+        + f'[pcm]\nbackbone = "{nano.folder("base")}"\ndevice = "cpu"\n{TRAIN}'
+    )
+    result = mope("train", "-c", "mope.toml", "-o", "run", "--ablation", "context-free")
+    result.assert_refused(CONFIGURATION, "context-free", "local")
+    assert mope("train", "-c", "mope.toml", "-o", "new", "--ablation", "no-features").status == 0
+    assert isinstance(load_pcm("new/checkpoints/last"), PreferenceControlModel)
