@@ -9,8 +9,11 @@ export MOPE_BB_TEST_HOME ?= $(CURDIR)/.cache/test-home
 
 .PHONY: demo test check format wheel clean
 
+# The main job, end to end: experts, training of the PCM, what it brought, and one question for three preferences.
 demo: $(STAMP)
-	$(BIN)/mope-bb chat --seed 7 --merge product --once "How do I fix a bike?" \
+	@set -e; pcm=$$($(BIN)/mope-bb train --merge product --max-minutes 3); \
+	$(BIN)/mope-bb eval --quick --pcm "$$pcm"; \
+	$(BIN)/mope-bb chat --pcm "$$pcm" --seed 7 --once "How do I fix a bike?" \
 		--pref concise,technical,grumpy --pref simple,friendly --pref informative,technical,friendly
 
 test: $(STAMP)
@@ -39,7 +42,8 @@ $(STAMP): pyproject.toml constraints.txt
 clean:
 	rm -rf $(VENV) .cache dist build .mypy_cache .ruff_cache .pytest_cache
 
-# Minutes to hours: what docs/evidence.md rests on. Results go to evidence/.
+# One to two hours: what docs/evidence.md rests on. Results go to evidence/.
 .PHONY: evidence
 evidence: $(STAMP)
 	$(BIN)/python -m tests.evidence
+	$(BIN)/python -m tests.evidence_training

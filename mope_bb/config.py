@@ -125,8 +125,10 @@ class PreferenceMixConfig(_Section):
     """Dimensions of which a preference takes at most one, such as ["simple", "technical"]; default: each its own."""
     leave_out: tuple[tuple[Name, ...], ...] = ()
     """Combinations that are never drawn, to be tested on later."""
+    opposites: Share = 0.1
+    """Share of preferences for two dimensions of one axis, weighted: the positions of a slider. Of the others:"""
     sizes: tuple[Share, Share, Share] = (0.15, 0.25, 0.6)
-    """Shares of one, two and three dimensions."""
+    """shares of one, two and three dimensions."""
     names: Share = 0.5
     """Share of preferences given as names of equal weight,"""
     weights: Share = 0.25
@@ -150,7 +152,7 @@ class TrainConfig(_Section):
     reference: Name | None = None
     """The expert whose answer each reward is measured against; default the base."""
     preferences: PreferenceMixConfig = PreferenceMixConfig()
-    max_steps: Annotated[int, Field(ge=1)] = 60
+    max_steps: Annotated[int, Field(ge=1)] = 45
     max_minutes: Annotated[float, Field(gt=0)] | None = None
     """A limit on time: the schedule ends with whichever comes first."""
     batch_size: Annotated[int, Field(ge=1)] = 64
@@ -163,7 +165,7 @@ class TrainConfig(_Section):
     """Batches that are learned from at a time: the newest and those before it."""
     eta: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
     target_log_ratio: Annotated[float, Field(gt=0)] | None = None
-    """What `eta = "auto"` asks of the median pair, in nats; default 1 for the product, 3 for the other rules."""
+    """What `eta = "auto"` asks of a typical pair, in nats; default 2 for the product, 5 for the other rules."""
     learning_rate: Annotated[float, Field(gt=0)] | None = None
     """Default 1e-3 for the product, 3e-3 for the other rules."""
     feature_learning_rate: Annotated[float, Field(ge=0)] | None = None

@@ -135,7 +135,7 @@ def test_context_free_is_another_policy(world: World, rule: MergeRule) -> None:
 @every_rule
 def test_recompute_with_a_tokenizer_of_its_own(world: World, rule: MergeRule) -> None:
     """Experts that give bytes without ids: the PCM reads text as it becomes whole, in sampling and learning alike."""
-    steps = [{"Ça": 0.4, "Hi": 0.4, "<end>": 0.2}, {" va": 0.3, " 🚲": 0.6}, {"?": 0.5, " très bien": 0.5}]
+    steps = [{"Ça": 0.4, "Hi": 0.6}, {" va": 0.3, " 🚲": 0.5, "<end>": 0.2}, {"?": 0.4, " très bien": 0.6}]
     flipped = [dict(zip(step, reversed(step.values()), strict=True)) for step in steps]
     experts = [
         {"name": "base", "provider": "scripted", "base": True, "script": steps},
@@ -144,15 +144,16 @@ def test_recompute_with_a_tokenizer_of_its_own(world: World, rule: MergeRule) ->
     ]
     config = parse_config({"experts": experts, "cache": {"enabled": False}})
     plan = build_plan(config, parse_preference("concise=0.3,technical=0.7"), rule, reads_text=True)
-    pcm = world.pcm()
+    pcm = world.pcm(is_new=True)
+    pcm.model.score.weight.data.normal_(0.0, 0.1, generator=torch.Generator().manual_seed(0))
     with ExpertBench(config, [expert.name for expert in config.experts]) as bench:
         sampler = bench.sampler(pcm)
-        requests = [RolloutRequest((Message("user", QUESTIONS[0]),), plan, seed) for seed in range(8)]
+        requests = [RolloutRequest((Message("user", QUESTIONS[0]),), plan, seed) for seed in range(16)]
         found = sampler.sample(requests, OPTIONS)
         assert not bench.reads_expert_ids(pcm)
     assert isinstance(sampler, PoolSampler)
     pairs = rewarded(one for one in found if isinstance(one, Rollout))
-    assert len(pairs) == 4
+    assert len(pairs) == 8
     assert len({rollout.text for pair in pairs for rollout in (pair.first, pair.second)}) > 2
     assert float(gaps(pairs, pcm, same_ids=False).abs().max()) < TOLERANCE
     assert float(gaps(pairs, pcm, same_ids=True).abs().max()) > TOLERANCE
@@ -232,17 +233,15 @@ def test_extreme_rewards_change_nothing(world: World, reward: float) -> None:
 
 
 def test_long_gradients_are_clipped(world: World) -> None:
-    """However large the reward, one optimiser step moves no weight by more than Adam's first step, the rate."""
+    """However large the rewards, the gradient is cut to max_grad_norm; the report tells how long it was."""
     pcm = world.pcm()
     pairs = world.pairs(world.bench.sampler(pcm), RULES[0])
     huge = [Pair(pair.first, pair.second, (1e6 * pair.rewards[0], 0.0)) for pair in pairs]
-    options = LearnerOptions(learning_rate=1e-3, num_epochs=1, warmup_steps=0, feature_learning_rate=1e-2)
-    before = weights_of(pcm)
-    report = Learner(pcm, options, eta=1.0).step(huge, seed=0, share_done=0.0)
+    report = Learner(pcm, LearnerOptions(num_epochs=1, max_grad_norm=0.5), eta=1.0).step(huge, seed=0, share_done=0.0)
+    gradients = [parameter.grad for parameter in (*pcm.model.parameters(), pcm.feature_weights)]
+    length = torch.stack([gradient.norm() for gradient in gradients if gradient is not None]).norm()
     assert report.grad_norm > 1e3
-    moved = [float((new - old).abs().max()) for old, new in zip(before, weights_of(pcm), strict=True)]
-    assert max(moved[:-1]) <= 1e-3 * (1 + 1e-3)
-    assert moved[-1] <= 1e-2 * (1 + 1e-3)
+    assert float(length) == pytest.approx(0.5, rel=1e-3)
 
 
 def test_features_can_be_left_alone(world: World) -> None:

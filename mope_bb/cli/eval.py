@@ -206,7 +206,7 @@ def run_evaluation(
                     for rule in ("linear", "product")
                 ]
             if quick:
-                methods, answers = run_quick(suite, evaluator, tasks, extra, num_samples)
+                methods, answers = run_quick(suite, evaluator, tasks, validation, extra, num_samples=num_samples)
             else:
                 methods, answers = run_all(
                     suite, evaluator, tasks, validation, extra=extra, num_samples=num_samples, tell=tell
@@ -217,6 +217,8 @@ def run_evaluation(
                 ideal=IDEAL if extra else None,
                 questions=[messages[-1].content for messages in prompts],
             )
+            # What follows is extra: if it fails, the answers are there.
+            save(evaluation, folder)
             if has_ceilings:
                 evaluation.studies.append(ceiling_study(evaluation))
             add_pictures(evaluation, suite, evaluator, tasks)
@@ -230,12 +232,22 @@ def run_evaluation(
 
 
 def run_quick(
-    suite: Suite, evaluator: Evaluator, tasks: Sequence[EvalTask], extra: Sequence[Method], num_samples: int
+    suite: Suite,
+    evaluator: Evaluator,
+    tasks: Sequence[EvalTask],
+    validation: Sequence[EvalTask],
+    extra: Sequence[Method],
+    *,
+    num_samples: int,
 ) -> tuple[list[Any], list[Any]]:
-    """The base, the strongest baselines and the PCMs."""
-    names = ("base", "prompting", "uniform mixture", "router by entropy", "static product")
+    """The base, the strongest baselines and the PCMs; the static product also as sharp as the best PCM."""
+    from mope_bb.evaluation.suite import STATIC, matched_methods
+
+    names = ("base", "prompting", "uniform mixture", "router by entropy", STATIC)
     methods: list[Method] = [one for one in suite.black_box() if one.info.name in names]
-    methods += [*(suite.mope(rule) for rule in suite.pcms), *extra]
+    trained: list[Method] = [suite.mope(rule) for rule in suite.pcms]
+    static = [one for one in methods if one.info.name == STATIC]
+    methods += [*trained, *matched_methods(evaluator, static, trained, validation, tell=tell), *extra]
     answers: list[Any] = []
     for number, method in enumerate(methods, start=1):
         tell(f"{method.info.name} ({number} of {len(methods)})")
@@ -375,11 +387,10 @@ def show(evaluation: Evaluation, folder: Path) -> None:
     from rich.console import Console
 
     from mope_bb.evaluation.report import write_report
-    from mope_bb.evaluation.results import to_json
     from mope_bb.evaluation.suite import UNTRAINED, mope_name
     from mope_bb.evaluation.table import render_evaluation
 
-    (folder / "evaluation.json").write_text(to_json(evaluation), encoding="utf-8")
+    save(evaluation, folder)
     names = {method.name for method in evaluation.methods}
     pairs = {
         before: mope_name(rule) for rule, before in UNTRAINED.items() if mope_name(rule) in names and before in names
@@ -387,6 +398,13 @@ def show(evaluation: Evaluation, folder: Path) -> None:
     Console().print(render_evaluation(evaluation, pairs))
     write_report(evaluation, folder / "report.html")
     click.echo(f"Report: {folder / 'report.html'}")
+
+
+def save(evaluation: Evaluation, folder: Path) -> None:
+    """Write evaluation.json."""
+    from mope_bb.evaluation.results import to_json
+
+    (folder / "evaluation.json").write_text(to_json(evaluation), encoding="utf-8")
 
 
 def tell(text: str) -> None:

@@ -95,5 +95,5 @@ def show_error(error: MopeError, *, debug: bool) -> int:
     if debug:
         traceback.print_exception(error)
     click.echo(f"error: {' '.join(str(error).split())}", err=True)
-    click.echo(f"hint: {error.hint or 'See `mope-bb chat --help`.'}", err=True)
+    click.echo(f"hint: {error.hint or 'See `mope-bb --help`.'}", err=True)
     return error.exit_code

@@ -6,6 +6,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -59,9 +60,12 @@ def train(  # noqa: PLR0917  # one parameter per flag
     check_flags(settings)
     if leave_out:
         settings["preferences"] = {"leave_out": [names.split(",") for names in leave_out]}
+    refuse_used(out)
     use_cores()
     experts = choose_experts(config_path, size=zoo_size, seed=zoo_seed, train=settings)
-    folder = new_folder(out or experts.config.train.output_dir, "runs")
+    out = out or experts.config.train.output_dir
+    refuse_used(out)
+    folder = new_folder(out, "runs")
     with open_setup(experts.config, merge, folder, ablation=ablation, is_zoo=experts.zoo is not None) as setup:
         from mope_bb.training.trainer import Trainer
 
@@ -84,13 +88,17 @@ def check_flags(settings: dict[str, Any]) -> None:
     parse_config({"experts": [{"name": "any", "provider": "local"}], "train": settings}, source="the command line")
 
 
+def refuse_used(out: str | None) -> None:
+    """A run never writes into another's folder. Raises ConfigError."""
+    if out is not None and (Path(out) / "metrics.jsonl").exists():
+        raise ConfigError(f"the folder {out!r} holds a run already", hint="Pass another --out; nothing was changed.")
+
+
 @contextmanager
 def open_setup(
     config: Any, merge: str | None, folder: Any, *, ablation: str | None, is_zoo: bool
 ) -> Iterator[TrainingSetup]:
     """Open everything that a run needs; what is wrong is told before anything is sampled. Raises ConfigError."""
-    from pathlib import Path
-
     from mope_bb.inference import choose_device
     from mope_bb.pcm.bench import ExpertBench
     from mope_bb.pcm.model import build_pcm, load_pcm

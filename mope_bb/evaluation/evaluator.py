@@ -16,7 +16,7 @@ from mope_bb.rewards.base import References, RewardPanel, Scored, scalarise
 from mope_bb.training.trainer import sample_references
 from mope_bb.types import SamplingOptions
 
-TEMPERATURES: Final = (0.3, 0.5, 0.7, 0.85, 1.0, 1.2)
+TEMPERATURES: Final = (0.3, 0.5, 0.7, 1.0)
 """What a temperature is tuned over."""
 Measure = Callable[[EvalTask, str, str], Mapping[str, float]]
 """From a task, an answer and the reference response to further measures."""
@@ -81,14 +81,15 @@ class Evaluator:
         return found
 
     def mean_reward(self, method: Method, tasks: Sequence[EvalTask]) -> float:
-        """Mean reward of one answer per task."""
+        """Mean reward of one answer per task; 0 where there is none."""
         rewards = [answer.reward for answer in self.run(method, tasks)]
         return sum(rewards) / max(1, len(rewards))
 
     def mean_entropy(self, method: Method, tasks: Sequence[EvalTask]) -> float:
-        """Mean nats per token of one answer per task."""
+        """Mean nats per token of one answer per task; 0 where there is none."""
         answers = self.run(method, tasks)
-        return sum(answer.entropy * answer.num_tokens for answer in answers) / sum(a.num_tokens for a in answers)
+        num_tokens = sum(answer.num_tokens for answer in answers)
+        return sum(answer.entropy * answer.num_tokens for answer in answers) / max(1, num_tokens)
 
     def tune_temperature(self, method: Method, tasks: Sequence[EvalTask]) -> float:
         """The temperature of the grid with the highest reward."""

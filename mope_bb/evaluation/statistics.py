@@ -127,8 +127,8 @@ class MeasuredCells:
     def gain_ratio(self, part: tuple[str, str], whole: tuple[str, str]) -> Interval | None:
         """(after - before) of `part` over that of `whole`, each (before, after), all four resampled together.
 
-        None where the whole is no gain; raises `ConfigError` where no prompt has all four. They may answer different
-        preferences: each mean is over its own cells.
+        None where the whole is no gain; raises `ConfigError` where one of the four has no cell. They may answer
+        different preferences: each mean is over its own cells.
         """
         means = [self._shared_means(method) for method in (*part, *whole)]
         values = [float(value[0]) for value, _ in means]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Final
@@ -65,7 +66,7 @@ def comparison_study(
             answers = evaluator.run(method, tasks)
             every += renamed(answers, grouped(group, method.info.name))
             found = [interval_of(answers, methods, method.info.name, measure) for measure in (*measures, "tokens")]
-            cells = [cell for one in found[:-1] for cell in (one.value, one.half_width)]
+            cells = [cell for one in found[:-1] for cell in _cells(one.value, one.half_width)]
             rows.append([group, method.info.name, *cells, found[-1].value])
     return Study(name, title, explanation, columns, rows), every
 
@@ -85,9 +86,7 @@ def gain_study(answers: Sequence[ScoredAnswer], rules: Sequence[str], *, part: s
         pairs = [(grouped(group, UNTRAINED[rule]), grouped(group, mope_name(rule))) for group in (part, whole)]
         for measure in ("reward", "oracle") if answers[0].measures else ("reward",):
             kept = gain_kept(answers, part=pairs[0], whole=pairs[1], measure=measure)
-            rows.append(
-                [mope_name(rule), measure, *((None,) * 3 if kept is None else (kept.value, kept.low, kept.high))]
-            )
+            rows.append([mope_name(rule), measure, *_ends(kept)])
     return Study(
         f"{part}: gain kept",
         f"How much of the gain on {whole} is there on {part}",
@@ -124,7 +123,8 @@ def truncation_study(suite: Suite, evaluator: Evaluator, tasks: Sequence[EvalTas
             rewards = interval_of(answers, methods, method.info.name, "reward")
             tails = torch.cat([given.rollout.lists.tails.flatten() for _, given in pairs if given.rollout is not None])
             fluency = interval_of(answers, methods, method.info.name, "fluency").value if evaluator.measure else None
-            rows.append([str(k), method.info.name, rewards.value, rewards.half_width, fluency, float(tails.mean())])
+            reward = _cells(rewards.value, rewards.half_width)
+            rows.append([str(k), method.info.name, *reward, fluency, float(tails.mean())])
     return Study(
         "truncation",
         "How much the endpoints show",
@@ -166,13 +166,12 @@ def weights_over_answer(method: str, preference: str, answers: Sequence[Given]) 
     """Mean weight of each expert in each tenth of the answers, which share one preference; each step sums to 1."""
     rollouts = [given.rollout for given in answers if given.rollout is not None]
     names = rollouts[0].request.plan.experts
-    totals, counts = torch.zeros(TENTHS, len(names)), torch.zeros(TENTHS, 1)
+    tenths = []
     for rollout in rollouts:
         weights = rollout.weights / rollout.weights.sum(dim=-1, keepdim=True)
-        tenth = torch.arange(len(rollout)) * TENTHS // len(rollout)
-        totals.index_add_(0, tenth, weights)
-        counts.index_add_(0, tenth, torch.ones(len(rollout), 1))
-    means = totals / counts.clamp_min(1.0)
+        # Every token ten times, so that an answer of any length, however short, can be cut into ten equal parts.
+        tenths.append(weights.repeat_interleave(TENTHS, dim=0).view(TENTHS, len(rollout), -1).mean(dim=1))
+    means = torch.stack(tenths).mean(dim=0)
     return WeightsOverAnswer(method, preference, {name: means[:, i].tolist() for i, name in enumerate(names)})
 
 
@@ -193,6 +192,9 @@ def coloured_answer(question: str, preference: str, method: str, rollout: Rollou
                 weights=dict(zip(plan.experts, rollout.weights[step].tolist(), strict=True)),
             )
         )
+    if tokens:
+        # Of a character that the end of the answer cut.
+        tokens[-1]["text"] += assembler.flush()
     return ColouredAnswer(question, preference, method, tokens)
 
 
@@ -205,8 +207,7 @@ def ceiling_study(evaluation: Evaluation) -> Study:
         for method in (UNTRAINED[rule], mope_name(rule)):
             if cells.has(method, top, evaluation.bottom):
                 share = cells.share(method, bottom=evaluation.bottom, top=top)
-                ends = (None, None, None) if share is None else (share.value, share.low, share.high)
-                rows.append([method, cells.mean(method).value, cells.mean(top).value, *ends])
+                rows.append([method, cells.mean(method).value, cells.mean(top).value, *_ends(share)])
     return Study(
         "ceilings",
         "What weights could reach",
@@ -222,8 +223,20 @@ def gain_kept(
 ) -> Interval | None:
     """Share of a gain that is left: (after - before) of `part` over that of `whole`, each (before, after).
 
-    The four names are methods of `answers`. None where the whole is no gain.
+    The four names are methods of `answers`. None where the whole is no gain, or one of them has no answers.
     """
     names = (*part, *whole)
-    evaluation = Evaluation(methods=[MethodInfo(name, "mope", "") for name in names], answers=list(answers))
+    chosen = [answer for answer in answers if answer.method in names]
+    if {answer.method for answer in chosen} != set(names):
+        return None
+    evaluation = Evaluation(methods=[MethodInfo(name, "mope", "") for name in names], answers=chosen)
     return measure_cells(evaluation, measure).gain_ratio(part, whole)
+
+
+def _cells(*values: float) -> list[float | None]:
+    """An end of an interval that nobody can know is an empty cell: JSON has no NaN."""
+    return [None if math.isnan(value) else value for value in values]
+
+
+def _ends(interval: Interval | None) -> list[float | None]:
+    return [None] * 3 if interval is None else _cells(interval.value, interval.low, interval.high)

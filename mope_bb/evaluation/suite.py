@@ -161,23 +161,17 @@ class Suite:
         names = {expert.dimension: expert.name for expert in self.config.experts if expert.dimension is not None}
         rewards: dict[str, dict[str, list[float]]] = {}
         wanted = [(task, name) for task in tasks for name in task.style.weights if name in names]
-        chosen = iter([names[name] for _, name in wanted] * 2)
+        chosen = iter([names[name] for _, name in wanted])
         method = SampledMethod(
             MethodInfo("best single expert", "training-free", "the best of the wanted experts, chosen on validation"),
             sampler,
             single_request(lambda task: next(chosen)),
         )
-        for (task, name), reward in zip(
-            wanted,
-            evaluator.rate(
-                [task for task, _ in wanted],
-                [
-                    "" if given is None else given.text
-                    for given in method.answer([task for task, _ in wanted], evaluator.options, seed=17)
-                ],
-            ),
-            strict=True,
-        ):
+        asked = [task for task, _ in wanted]
+        given = method.answer(asked, evaluator.options, seed=17)
+        rated = evaluator.rate(asked, ["" if one is None else one.text for one in given])
+        for (task, name), one, rate in zip(wanted, given, rated, strict=True):
+            reward = -1.0 if one is None else rate
             rewards.setdefault(task.style.label, {}).setdefault(name, []).append(reward)
         best = {
             label: names[max(found, key=lambda name: sum(found[name]) / len(found[name]))]
@@ -237,15 +231,8 @@ def run_all(
     methods.append(suite.best_single(evaluator, validation))
     tell("tuning the task-vector sum")
     white = suite.white_box(evaluator, validation, tasks)
-    trained = [suite.mope(rule) for rule in suite.pcms]
-    matched: list[Method] = []
-    if trained:
-        best = max(trained, key=lambda one: evaluator.mean_reward(one, validation))
-        entropy = evaluator.mean_entropy(best, validation)
-        for one in [*methods, *white, *(other for other in trained if other is not best)]:
-            tell(f"matching the temperature of {one.info.name}")
-            value = evaluator.match_temperature(one, validation, entropy)
-            matched.append(one.at(round(value, 2), f"{one.info.name} @matched"))
+    trained: list[Method] = [suite.mope(rule) for rule in suite.pcms]
+    matched = matched_methods(evaluator, [*methods, *white, *trained], trained, validation, tell=tell)
     for one in list(methods):
         if one.info.name in (STATIC, "N system prompts, product"):
             tell(f"tuning the temperature of {one.info.name}")
@@ -259,3 +246,25 @@ def run_all(
         tell(f"{method.info.name} ({number} of {len(methods)})")
         answers += evaluator.run(method, tasks, num_samples=num_samples)
     return [method.info for method in methods], answers
+
+
+def matched_methods(
+    evaluator: Evaluator,
+    methods: Sequence[Method],
+    trained: Sequence[Method],
+    validation: Sequence[EvalTask],
+    *,
+    tell: Tell = lambda text: None,
+) -> list[Method]:
+    """`methods` as random per token as the best of `trained` is at temperature 1, measured on `validation`."""
+    if not trained:
+        return []
+    best = max(trained, key=lambda one: evaluator.mean_reward(one, validation))
+    entropy = evaluator.mean_entropy(best, validation)
+    found = []
+    for one in methods:
+        if one.info.name != best.info.name:
+            tell(f"matching the temperature of {one.info.name}")
+            value = evaluator.match_temperature(one, validation, entropy)
+            found.append(one.at(round(value, 2), f"{one.info.name} @matched"))
+    return found

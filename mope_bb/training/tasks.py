@@ -6,7 +6,7 @@ import json
 import random
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations, product
+from itertools import combinations, permutations, product
 from pathlib import Path
 from typing import Any, Final
 
@@ -49,6 +49,7 @@ class StyleSource:
                         f"`{key}` of [train.preferences] names the dimension {name!r}, which has no expert",
                         hint=f"Known: {', '.join(dimensions)}.",
                     )
+        self._opposites = [pair for axis in axes for pair in permutations(axis, 2)]
         left_out = {frozenset(names) for names in mix.leave_out}
         self._by_size = {
             size: [
@@ -67,6 +68,11 @@ class StyleSource:
 
     def draw(self, rng: random.Random) -> WantedStyle:
         """One preference."""
+        if self._opposites and rng.random() < self._mix.opposites:
+            first, second = rng.choice(self._opposites)
+            share = round(rng.uniform(0.05, 0.95), 2)
+            slider = Preference.of({first: share, second: 1 - share})
+            return WantedStyle(slider, slider.weights)
         sizes = [size for size in self._by_size if self._by_size[size]]
         shares = [self._mix.sizes[size - 1] for size in sizes]
         names = rng.choice(self._by_size[rng.choices(sizes, shares)[0]])

@@ -44,21 +44,25 @@ LINEAR_FLOOR: Final = 1e-6
 
 
 class GrammarReader:
-    """Follows one answer piece by piece and names its state."""
+    """Follows one answer and names its state, however the answer is cut into pieces."""
 
     def __init__(self) -> None:
         self.state = "start"
         self._sentence = b""
 
     def feed(self, data: bytes) -> None:
-        """The answer goes on with `data`."""
-        self._sentence += data
+        """The answer goes on with `data`, which may end one sentence and begin the next."""
+        for byte in data:
+            self._feed(bytes((byte,)))
+
+    def _feed(self, byte: bytes) -> None:
+        self._sentence += byte
         text = self._sentence.decode(errors="replace").rstrip(" ")
         if not text.strip("\n- "):
             self.state = MARKS.get(text, self.state)
             return
         self.state = "inside"
-        # Most pieces end inside a word, where no sentence is complete.
+        # Most bytes are inside a word, where no sentence is complete.
         if text[-1].isalnum():
             return
         found = parse(text)

@@ -32,7 +32,7 @@ from mope_bb.zoo.wording import (
 
 SHARPNESS = 0.95
 """How often an expert takes its own pole."""
-LEAN = 0.75
+LEAN = 0.85
 """How often a text takes the poles that its own pole leans to, where there are two to choose from."""
 SIDE_EFFECTS = {
     "simple": ("friendly", "concise"),
@@ -123,12 +123,12 @@ def style_of(poles: Iterable[str], sharpness: float = SHARPNESS) -> Style:
 def text_style(pole: str, lean: float = LEAN) -> Style:
     """The style of the texts of one pole: sharp on it, leaning elsewhere; `lean` 0.5 is no lean."""
     rest = 1 - lean
-    few_to_many = tuple(0.2 + (lean - 0.5) * step / 5 for step in (-2, -1, 0, 1, 2))
+    many_to_few = tuple((rest / lean) ** (count / 2) for count in range(MAX_DETAILS + 1))
     leanings: dict[str, dict[str, object]] = {
         "simple": {"simple": lean},
         "technical": {"simple": rest},
-        "concise": {"details": few_to_many[::-1]},
-        "informative": {"details": few_to_many},
+        "concise": {"details": many_to_few},
+        "informative": {"details": many_to_few[::-1]},
         "friendly": {"tone": (2 * lean / 3, 2 * rest / 3, 1 / 3)},
         "grumpy": {"tone": (2 * rest / 3, 2 * lean / 3, 1 / 3)},
     }

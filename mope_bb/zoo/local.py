@@ -11,6 +11,8 @@ from mope_bb.zoo.wording import DIMENSIONS, POLES
 
 MAX_TOKENS = 120
 """The longest answers of the grammar have about 80 tokens."""
+MAX_MINUTES = 6.0
+"""Of a training, however slow the machine is."""
 
 
 def local_config(zoo: Zoo, *, train: dict[str, Any] | None = None) -> Config:
@@ -25,7 +27,7 @@ def local_config(zoo: Zoo, *, train: dict[str, Any] | None = None) -> Config:
         }
         for name in zoo.names
     ]
-    settings: dict[str, Any] = {"max_tokens": MAX_TOKENS, **(train or {})}
+    settings: dict[str, Any] = {"max_tokens": MAX_TOKENS, "max_minutes": MAX_MINUTES, **(train or {})}
     settings["preferences"] = {"axes": POLES, **settings.get("preferences", {})}
     return parse_config(
         {

@@ -96,15 +96,18 @@ def _mean(values: list[float], default: float) -> float:
 
 
 def _fluency(sentences: list[Sentence]) -> float:
-    """An opener comes first, one core next, then distinct details, at most one closer, last."""
-    stage, legal, kinds = 0, 0, set[str]()
-    order = {"opener": 1, "core": 2, "detail": 3, "closer": 4}
+    """An opener comes first, one core next, then details in the order of their kinds, at most one closer, last."""
+    stage, legal, order = 0, 0, list(DETAILS)
+    last_kind, num_details = -1, 0
     for sentence in sentences:
-        place = order.get(sentence.role, 0)
+        place = {"opener": 1, "core": 2, "detail": 3, "closer": 4}.get(sentence.role, 0)
         follows = {1: stage == 0, 2: stage <= 1, 3: stage in {2, 3}, 4: stage in {2, 3}}.get(place, False)
-        if follows and not (place == 3 and (sentence.kind in kinds or len(kinds) == MAX_DETAILS)):
+        if place == 3:
+            kind = order.index(sentence.kind)
+            follows = follows and kind > last_kind and num_details < MAX_DETAILS
+            last_kind, num_details = max(kind, last_kind), num_details + 1
+        if follows:
             legal, stage = legal + 1, place
-        kinds |= {sentence.kind} - {""}
     whole = max(len(sentences), 1) if any(s.role == "core" for s in sentences) else len(sentences) + 1
     return legal / whole
 

@@ -236,3 +236,61 @@ def test_cells_average_samples_first() -> None:
     cells = measure_cells(Evaluation([MethodInfo("a", "base", "")], answers), "reward")
     assert isinstance(cells, MeasuredCells)
     assert cells.mean("a").value == pytest.approx(0.3)
+
+
+GAINS = {"before part": 0.1, "after part": 0.2, "before whole": 0.3, "after whole": 0.7}
+PART, WHOLE = ("before part", "after part"), ("before whole", "after whole")
+
+
+def gains_of(spread: float, *, num_prompts: int = 40, seed: int = 0) -> Evaluation:
+    """Four methods with the means of `GAINS` and noise of their own; part and whole answer different preferences."""
+    rng = np.random.default_rng(seed)
+    answers = [
+        scored(name, prompt, mean + float(rng.normal(0, spread)), preference=name.split()[1])
+        for name, mean in GAINS.items()
+        for prompt in range(num_prompts)
+    ]
+    return Evaluation([MethodInfo(name, "mope", "") for name in GAINS], answers)
+
+
+def test_gain_ratio_of_a_known_case() -> None:
+    """A gain of 0.1 where the whole is 0.4 is a quarter; what prompts differ in alone widens nothing."""
+    evaluation = gains_of(0.0)
+    eased = [replace(answer, reward=answer.reward + 0.05 * answer.prompt) for answer in evaluation.answers]
+    for answers in (evaluation.answers, eased):
+        ratio = measure_cells(replace(evaluation, answers=answers), "reward").gain_ratio(PART, WHOLE)
+        assert ratio is not None
+        assert (ratio.value, ratio.low, ratio.high) == pytest.approx((0.25,) * 3)
+
+
+def test_gain_ratio_keeps_its_sign() -> None:
+    """What became worse has a negative share, and the whole of itself is 1."""
+    cells = measure_cells(gains_of(0.1), "reward")
+    ratio, opposite = cells.gain_ratio(PART, WHOLE), cells.gain_ratio(PART[::-1], WHOLE)
+    assert ratio is not None
+    assert opposite is not None
+    assert (ratio.value, ratio.low, ratio.high) == pytest.approx((-opposite.value, -opposite.high, -opposite.low))
+    whole = cells.gain_ratio(WHOLE, WHOLE)
+    assert whole is not None
+    assert (whole.value, whole.low, whole.high) == pytest.approx((1.0,) * 3)
+
+
+def test_gain_ratio_intervals_cover_the_truth() -> None:
+    """About 95 % of the intervals of 100 repetitions hold the true quarter (binomial: at least 89 %)."""
+    held = 0
+    for seed in range(100):
+        ratio = measure_cells(gains_of(0.15, seed=seed), "reward", num_resamples=400).gain_ratio(PART, WHOLE)
+        assert ratio is not None
+        assert ratio.low < ratio.value < ratio.high
+        held += ratio.low <= 0.25 <= ratio.high
+    assert 89 <= held < 100
+
+
+def test_no_gain_no_ratio() -> None:
+    """Where the whole gained nothing there is no share; where one of the four has no answers it is an error."""
+    evaluation = gains_of(0.0)
+    level = [replace(one, reward=0.5) if one.method in WHOLE else one for one in evaluation.answers]
+    assert measure_cells(replace(evaluation, answers=level), "reward").gain_ratio(PART, WHOLE) is None
+    some = [one for one in evaluation.answers if one.method != "after part"]
+    with pytest.raises(ConfigError, match="answered by 'after part'"):
+        measure_cells(replace(evaluation, answers=some), "reward").gain_ratio(PART, WHOLE)

@@ -43,7 +43,7 @@ from mope_bb.zoo.build import Zoo
 from mope_bb.zoo.local import local_config
 
 Score = Callable[[list[dict[str, Any]], str], float]
-SMALL = {"max_steps": 2, "batch_size": 4, "per_device_train_batch_size": 4, "max_tokens": 8}
+SMALL = {"max_steps": 2, "max_minutes": None, "batch_size": 4, "per_device_train_batch_size": 4, "max_tokens": 8}
 PROMPTS: Prompts = tuple((Message("user", f"How do I fix a {thing}?"),) for thing in ("bike", "chair", "boat"))
 
 
@@ -182,25 +182,23 @@ def test_equal_seeds_train_equally(runs: Runs) -> None:
 def test_an_answer_without_score_costs_its_pair_only(runs: Runs, seen: Seen) -> None:
     """Pairs with an answer whose reward is NaN are left out and counted; all the others are learned from."""
 
-    def is_bad(text: str) -> bool:
-        return random.Random(text).random() < 0.25
+    def is_bad(rollout: Rollout | FailedRollout) -> bool:
+        return isinstance(rollout, FailedRollout) or rollout.text in bad
 
     def partly(messages: list[dict[str, Any]], answer: str) -> float:
-        return math.nan if is_bad(answer) else score(messages, answer)
+        if answer != "the reference" and random.Random(answer).random() < 0.25:
+            bad.add(answer)
+        return math.nan if answer in bad else score(messages, answer)
 
-    runs.trainer(reward=partly, batch_size=12, max_steps=1, preferences={"sizes": (1, 0, 0)}).run()
-    references, firsts, seconds = seen.rollouts
-    lost = {one.request.messages for one in references if isinstance(one, Rollout) and is_bad(one.text)}
-    expected = [
-        (one, other)
-        for one, other in zip(firsts, seconds, strict=True)
-        if isinstance(one, Rollout) and isinstance(other, Rollout)
-        if not (is_bad(one.text) or is_bad(other.text) or one.request.messages in lost)
-    ]
-    assert 0 < len(expected) < 12
-    assert [(pair.first, pair.second) for pair in seen.windows[0]] == expected
+    bad: set[str] = set()
+    References(runs.folder / "run" / "references.jsonl").put(PROMPTS[0], "the reference")
+    runs.trainer(reward=partly, prompts=PROMPTS[:1], batch_size=40, max_steps=1).run()
+    pairs = list(zip(*seen.rollouts, strict=True))
+    whole = [(one, other) for one, other in pairs if not (is_bad(one) or is_bad(other))]
+    assert {(is_bad(one), is_bad(other)) for one, other in pairs} >= {(True, False), (False, True), (False, False)}
+    assert [(pair.first, pair.second) for pair in seen.windows[0]] == whole
     (row,) = runs.metrics()
-    assert (row["num_pairs"], row["num_dropped"]) == (len(expected), 12 - len(expected))
+    assert (row["num_pairs"], row["num_dropped"]) == (len(whole), 40 - len(whole))
 
 
 def test_without_any_score_the_run_ends(runs: Runs) -> None:

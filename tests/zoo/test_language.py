@@ -64,13 +64,14 @@ def test_style_is_sharp_on_its_own_pole(pole: str) -> None:
 def test_oracle_notices_errors() -> None:
     """Wrong facts, repeated details, broken sentences and wrong order each cost."""
     task = Task(VERBS[0], THINGS[0])  # fix, bike
-    right = "Grab a wrench and start. Get four bolts."
+    right = "Grab a wrench and start.\n- Get four bolts."
     assert 1.0 == score(right, task).facts == score(right, task).fluency
     assert score(right.replace("bolts", "nails").replace("four", "two"), task).facts * 1.5 == 0.5
-    assert score(right + " Get four bolts.", task).fluency == 2 / 3
-    assert score("Grab a wrench and. Get four bolts. Grab a wrench and start.", task).fluency == 1 / 3
+    assert score(right + "\n- Get four bolts.", task).fluency == 2 / 3
+    assert score(right + "\n- Make sure you inspect it.", task).fluency == 2 / 3  # a kind that comes before parts
+    assert score("Grab a wrench and. - Get four bolts. Grab a wrench and start.", task).fluency == 1 / 3
     assert 0.0 == score("", task).fluency == score("", task).concise
-    assert parse("Hello there. Get four bolts.")[0].role == "unknown"
+    assert parse("Hello there.\n- Get four bolts.")[0].role == "unknown"
 
 
 def test_style_sentences_held_out_are_not_trained() -> None:
