@@ -37,6 +37,9 @@ KS: Final = (5, 20, 100_000)
 @click.option("--num-prompts", type=click.IntRange(min=2), default=48, show_default=True)
 @click.option("--num-samples", type=click.IntRange(min=1), default=1, show_default=True, help="Answers per task.")
 @click.option("--quick", is_flag=True, help="Only the strongest baselines, and no studies.")
+@click.option(
+    "--studies/--no-studies", default=True, show_default=True, help="List lengths, slider, weights, wordings."
+)
 @click.option("--context-free", is_flag=True, help="Hold each PCM's first scores for the whole answer.")
 @click.option("--ceilings", is_flag=True, help="Zoo only: also tune what weights could reach at best (minutes).")
 @click.option("--seed", type=int, default=0, show_default=True)
@@ -50,6 +53,7 @@ def evaluate(  # noqa: PLR0917  # one parameter per flag
     num_prompts: int,
     num_samples: int,
     quick: bool,
+    studies: bool,
     context_free: bool,
     ceilings: bool,
     seed: int,
@@ -79,6 +83,7 @@ def evaluate(  # noqa: PLR0917  # one parameter per flag
         chosen,
         folder,
         quick=quick,
+        has_studies=studies and not quick,
         is_context_free=context_free,
         has_ceilings=ceilings,
         num_samples=num_samples,
@@ -161,6 +166,7 @@ def run_evaluation(
     folder: Path,
     *,
     quick: bool,
+    has_studies: bool,
     is_context_free: bool,
     has_ceilings: bool,
     num_samples: int,
@@ -222,7 +228,7 @@ def run_evaluation(
             if has_ceilings:
                 evaluation.studies.append(ceiling_study(evaluation))
             add_pictures(evaluation, suite, evaluator, tasks)
-            if not quick:
+            if has_studies:
                 add_studies(evaluation, experts, suite, evaluator, tasks)
             if evaluator.failures:
                 evaluation.facts["failures"] = dict(evaluator.failures)

@@ -25,7 +25,7 @@ def config_of(*, wordings: tuple[str, ...] = POLES, **mix: Any) -> Config:
     """Six dimensions on three axes; those in `wordings` can be said in words."""
     experts = [{"name": name, "provider": "scripted", "dimension": name} for name in POLES]
     dimensions = {name: {"wordings": [f"Be {name}.", f"Make it {name}."] if name in wordings else []} for name in POLES}
-    train = {"preferences": {"axes": AXES, **mix}}
+    train = {"preferences": {"axes": AXES, "opposites": 0.0, **mix}}
     return parse_config({"experts": experts, "dimensions": dimensions, "train": train})
 
 
@@ -141,6 +141,15 @@ def test_two_poles_of_an_axis_never_meet(seed: int) -> None:
         assert all(weight > 0 for weight in style.weights.values())
         assert sum(style.weights.values()) == pytest.approx(1.0)
         assert style.label == ",".join(sorted(style.weights))
+
+
+def test_sliders_are_drawn() -> None:
+    """The share `opposites` asks for two poles of one axis with unequal weights, and its reward weighs them alike."""
+    styles = draw(config_of(opposites=0.3), number=2000)
+    sliders = [style for style in styles if any(set(style.weights) == set(axis) for axis in AXES)]
+    assert len(sliders) / len(styles) == pytest.approx(0.3, abs=0.04)
+    assert all(style.preference.weights == style.weights for style in sliders)
+    assert {name for style in sliders for name, weight in style.weights.items() if weight > 0.5} == set(POLES)
 
 
 def test_every_combination_is_drawn() -> None:
