@@ -152,7 +152,7 @@ class TrainConfig(_Section):
     reference: Name | None = None
     """The expert whose answer each reward is measured against; default the base."""
     preferences: PreferenceMixConfig = PreferenceMixConfig()
-    max_steps: Annotated[int, Field(ge=1)] = 45
+    max_steps: Annotated[int, Field(ge=1)] = 60
     max_minutes: Annotated[float, Field(gt=0)] | None = None
     """A limit on time: the schedule ends with whichever comes first."""
     batch_size: Annotated[int, Field(ge=1)] = 64

@@ -102,13 +102,13 @@ def main() -> None:
     """Train, evaluate, judge, write; fail if a promise is broken."""
     started = time.monotonic()
     shop = Workshop(Path(".cache/evidence") / commit())
-    zoos = {seed: build_zoo(seed=seed, progress=lambda name, share: None) for seed in SEEDS}
     with ThreadPoolExecutor(2) as pool:
         paths = dict(zip([run.name for run in MAIN], pool.map(shop.train, MAIN), strict=True))
         full = pool.map(lambda seed: evaluate_seed(shop, paths, seed), SEEDS)
         others = pool.map(lambda run: shop.evaluate(run.name, [shop.train(run)], "--quick", *run.evaluate), OTHERS)
         evaluations = dict(zip(SEEDS, full, strict=True))
         ablations = dict(zip([run.name for run in OTHERS], others, strict=True))
+    zoos = {seed: build_zoo(seed=seed) for seed in SEEDS}
     results: dict[str, Any] = {
         "command": "make evidence",
         "machine": machine_facts(),

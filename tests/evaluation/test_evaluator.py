@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -111,13 +112,15 @@ def test_tuning_finds_the_best_of_the_grid(evaluator: Evaluator, tasks: list[Eva
     assert evaluator.tune_temperature(method, tasks) == best
 
 
-@pytest.mark.parametrize(
-    ("entropy", "expected"), [(0.09, 0.3), (0.25, 0.5), (0.37, 0.6), (1.22, 1.1), (0.01, 0.3), (9.0, 1.2)]
-)
-def test_matching_interpolates(evaluator: Evaluator, tasks: list[EvalTask], entropy: float, expected: float) -> None:
+def test_matching_interpolates(evaluator: Evaluator, tasks: list[EvalTask]) -> None:
     """Between two values of the grid it goes in a straight line; beyond the ends the nearer end is taken."""
     method = Stub(lambda number, temperature: Given("0", 1, temperature**2))
-    assert evaluator.match_temperature(method, tasks, entropy) == pytest.approx(expected)
+    for low, high in pairwise(TEMPERATURES):
+        for share in (0.0, 0.25, 1.0):
+            found = evaluator.match_temperature(method, tasks, low**2 + share * (high**2 - low**2))
+            assert found == pytest.approx(low + share * (high - low))
+    assert evaluator.match_temperature(method, tasks, 0.01) == TEMPERATURES[0]
+    assert evaluator.match_temperature(method, tasks, 9.0) == TEMPERATURES[-1]
 
 
 def test_matching_finds_the_entropy_asked_for(bench: ExpertBench, config: Config) -> None:
@@ -126,12 +129,13 @@ def test_matching_finds_the_entropy_asked_for(bench: ExpertBench, config: Config
     evaluator = prepared(evaluator_of(bench), tasks)
     request = merge_request(config, MergeRule("linear"), reads_text=True)
     method = SampledMethod(MethodInfo("mixture", "training-free", ""), bench.sampler(), request)
-    entropies = {value: evaluator.mean_entropy(method.at(value, "at"), tasks) for value in TEMPERATURES}
-    assert list(entropies.values()) == sorted(entropies.values())
-    assert evaluator.match_temperature(method, tasks, entropies[0.7]) == pytest.approx(0.7)
-    wanted = (entropies[0.3] + entropies[0.5]) / 2
+    cold, mild, warm = TEMPERATURES[:3]
+    low, middle, high = (evaluator.mean_entropy(method.at(value, "at"), tasks) for value in (cold, mild, warm))
+    assert low < middle < high
+    assert evaluator.match_temperature(method, tasks, high) == pytest.approx(warm)
+    wanted = (low + middle) / 2
     found = evaluator.match_temperature(method, tasks, wanted)
-    assert 0.3 < found < 0.5
+    assert cold < found < mild
     assert evaluator.mean_entropy(method.at(found, "found"), tasks) == pytest.approx(wanted, rel=0.15)
 
 
