@@ -72,7 +72,7 @@ class RowCache(Cache):  # type: ignore[misc]  # untyped base
 
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows only."""
-        self._kv = [(keys[rows], values[rows]) for keys, values in self._kv]
+        self._kv = [(keys.index_select(0, rows), values.index_select(0, rows)) for keys, values in self._kv]
         self._num_rows = len(rows)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

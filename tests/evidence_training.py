@@ -38,6 +38,19 @@ MAX_LOSS: Final = 0.01
 """Of fluency and of facts, against the base."""
 MAX_MINUTES: Final = 6.0
 FULL: Final = mope_name("product")
+README_METHODS: Final = (
+    "base",
+    UNIFORM,
+    "prompting",
+    "best single expert",
+    "averaged soup",
+    "router by entropy @matched",
+    STATIC,
+    f"{STATIC} @matched",
+    mope_name("linear"),
+    FULL,
+    IDEAL,
+)
 
 
 @dataclass(frozen=True)
@@ -197,6 +210,22 @@ def seed_facts(evaluation: Evaluation) -> dict[str, Any]:
             mope_name(rule): numbers(cells.difference(mope_name(rule), "base")) for rule in RULES
         }
     return found
+
+
+def readme_table(results: dict[str, Any]) -> str:
+    """The README's table: each zoo's share of the headroom, and reward and oracle of the first."""
+    lines = ["| | reward | oracle | headroom closed, zoo 0, 1, 2 |", "|---|---|---|---|"]
+    first = results["seeds"]["0"]["methods"]
+    for name in README_METHODS:
+        cells = ["±".join(f"{x:.3f}" for x in half_width(first[name][measure])) for measure in MEASURES]
+        shares = [found["methods"][name]["share"][0] for found in results["seeds"].values()]
+        lines.append(f"| {name} | {cells[0]} | {cells[1]} | {', '.join(f'{100 * share:.0f} %' for share in shares)} |")
+    return "\n".join(lines)
+
+
+def half_width(triple: list[float]) -> tuple[float, float]:
+    """Value and half the width of its interval."""
+    return triple[0], (triple[2] - triple[1]) / 2
 
 
 def value_of(interval: Interval | None) -> float:

@@ -8,6 +8,7 @@ import io
 import re
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,10 +19,18 @@ from mope_bb.zoo.serving import ZooServer
 README = Path(__file__).parents[1] / "README.md"
 
 
-def block(language: str) -> str:
-    """The README's one code block in `language`."""
-    (found,) = re.findall(rf"```{language}\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-    return str(found)
+def blocks(language: str) -> list[str]:
+    """The README's code blocks in `language`."""
+    return re.findall(rf"```{language}\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+
+
+def joined(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """Both tables, as when one writes the second into the first."""
+    both = dict(one)
+    for key, value in other.items():
+        known = both.get(key)
+        both[key] = joined(known, value) if isinstance(known, dict) and isinstance(value, dict) else value
+    return both
 
 
 @pytest.fixture
@@ -33,14 +42,14 @@ def served(monkeypatch: pytest.MonkeyPatch, nano_experts: ZooServer) -> None:
 def run_example() -> str:
     """What the example prints."""
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        exec(compile(block("python"), "README.md", "exec"), {})  # noqa: S102  # our own file
+        exec(compile(blocks("python")[0], "README.md", "exec"), {})  # noqa: S102  # our own file
     return printed.getvalue()
 
 
 @pytest.mark.usefixtures("served")
 def test_example_runs_as_printed() -> None:
     """Ten lines, two answers."""
-    assert len(block("python").strip().splitlines()) <= 10
+    assert len(blocks("python")[0].strip().splitlines()) <= 10
     assert re.search(r" (stop|length) \d+\n$", run_example())
 
 
@@ -54,7 +63,11 @@ def test_example_runs_inside_a_running_loop() -> None:
     assert re.search(r" (stop|length) \d+\n$", asyncio.run(main()))
 
 
-def test_configuration_example_is_valid() -> None:
-    """The mope.toml of the README is accepted as it stands."""
-    config = parse_config(tomllib.loads(block("toml")))
-    assert [expert.name for expert in config.experts] == ["concise", "friendly"]
+def test_configuration_examples_are_valid() -> None:
+    """The mope.toml of the README is accepted as it stands, and with what training needs besides."""
+    servers, training = map(tomllib.loads, blocks("toml"))
+    assert [expert.name for expert in parse_config(servers).experts] == ["concise", "friendly"]
+    config = parse_config(joined(servers, training))
+    assert config.train.prompts is not None
+    assert config.dimensions["concise"].text is not None
+    assert config.dimensions["concise"].reward is not None

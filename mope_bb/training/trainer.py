@@ -164,7 +164,7 @@ class Trainer:
         rng = random.Random(seed)
         tasks = [self._draw_task(rng) for _ in range(self._options.batch_size)]
         failure = self._sample_references(tasks, rng)
-        rollouts = [self._sample(tasks, rng) for _ in range(2)]
+        rollouts = self._sample(tasks, rng)
         pairs, dropped = self._score(tasks, rollouts, failure)
         if self._setup.ablation.shuffles_rewards:
             pairs = shuffle_rewards(pairs, rng)
@@ -183,9 +183,11 @@ class Trainer:
         plan = build_plan(self._setup.config, style.preference, self._setup.rule, reads_text=True)
         return _Task(rng.choice(self._setup.prompts), style, plan)
 
-    def _sample(self, tasks: Sequence[_Task], rng: random.Random) -> list[Rollout | FailedRollout]:
-        requests = [RolloutRequest(task.messages, task.plan, rng.getrandbits(32)) for task in tasks]
-        return self._sampler.sample(requests, self._sampling)
+    def _sample(self, tasks: Sequence[_Task], rng: random.Random) -> list[tuple[Rollout | FailedRollout, ...]]:
+        """Two rollouts of each task: the first ones, then the second ones."""
+        requests = [RolloutRequest(task.messages, task.plan, rng.getrandbits(32)) for _ in range(2) for task in tasks]
+        found = self._sampler.sample(requests, self._sampling)
+        return [tuple(found[: len(tasks)]), tuple(found[len(tasks) :])]
 
     def _sample_references(self, tasks: Sequence[_Task], rng: random.Random) -> MopeError | None:
         return sample_references(
