@@ -193,7 +193,8 @@ def test_an_answer_without_score_costs_its_pair_only(runs: Runs, seen: Seen) -> 
     bad: set[str] = set()
     References(runs.folder / "run" / "references.jsonl").put(PROMPTS[0], "the reference")
     runs.trainer(reward=partly, prompts=PROMPTS[:1], batch_size=40, max_steps=1).run()
-    pairs = list(zip(*seen.rollouts, strict=True))
+    (answers,) = seen.rollouts
+    pairs = list(zip(answers[:40], answers[40:], strict=True))
     whole = [(one, other) for one, other in pairs if not (is_bad(one) or is_bad(other))]
     assert {(is_bad(one), is_bad(other)) for one, other in pairs} >= {(True, False), (False, True), (False, False)}
     assert [(pair.first, pair.second) for pair in seen.windows[0]] == whole
@@ -275,7 +276,7 @@ def test_left_out_combinations_are_never_asked_for(runs: Runs, seen: Seen) -> No
     """Of four pairs of poles three are left out: only the fourth is trained on."""
     axes = (("concise", "informative"), ("friendly", "grumpy"))
     left_out = (("friendly", "concise"), ("informative", "grumpy"), ("informative", "friendly"))
-    mix = {"axes": axes, "leave_out": left_out, "sizes": (0, 1, 0), "sentences": 0}
+    mix = {"axes": axes, "leave_out": left_out, "opposites": 0, "sizes": (0, 1, 0), "sentences": 0}
     runs.trainer(preferences=mix, batch_size=16, max_steps=1).run()
     assert len(seen.asked()) == 32
     assert {frozenset(names) for names in seen.asked()} == {frozenset(("concise", "grumpy"))}
