@@ -108,12 +108,18 @@ def load_pcms(config: Any, paths: Sequence[str]) -> dict[str, PreferenceControlM
     """Merge rule -> PCM. Raises ConfigError for an untrained one, or two of one rule."""
     from mope_bb.inference import choose_device
     from mope_bb.pcm.model import load_pcm
+    from mope_bb.pcm.plans import configured_rule
 
     pcms: dict[str, PreferenceControlModel] = {}
     for path in paths:
         pcm = load_pcm(path, device=choose_device(config.pcm.device))
         if not pcm.is_trained or pcm.rule is None:
             raise ConfigError(f"the PCM {path!r} is not trained", hint="Train one: mope-bb train.")
+        if configured_rule(config, pcm.rule).needs_base and config.roster().base is None:
+            raise ConfigError(
+                f"the PCM {path!r} was trained for the rule {pcm.rule!r}; it needs a base, and no expert is one",
+                hint="Add `base = true` to the expert that the others were fine-tuned from.",
+            )
         if pcm.rule in pcms:
             raise ConfigError(f"two PCMs were trained for the rule {pcm.rule!r}", hint="Pass one per rule.")
         pcms[pcm.rule] = pcm
@@ -368,7 +374,8 @@ def read_curves(paths: Sequence[str], rules: Mapping[str, Any]) -> list[Curve]:
     for path, rule in zip(paths, rules, strict=True):
         file = Path(path).resolve().parents[1] / "metrics.jsonl"
         if file.is_file():
-            rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+            lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+            rows = [{name: value for name, value in line.items() if value is not None} for line in lines]
             curves.append(Curve(mope_name(rule), rows))
     return curves
 

@@ -29,6 +29,8 @@ def choose_experts(path: str | None, *, size: str, seed: int, train: dict[str, A
 
         config = load_config(path)
         merged = config.train.model_dump(exclude_unset=True) | train
+        if "preferences" in train:
+            merged["preferences"] = config.train.preferences.model_dump(exclude_unset=True) | train["preferences"]
         # Validated again: what the command line says must keep the same rules.
         return Experts(config.model_copy(update={"train": type(config.train).model_validate(merged)}), None)
     from mope_bb.zoo.demo import build_with_bar

@@ -7,15 +7,19 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Final
 
 import torch
 from torch import Tensor
 
+from mope_bb.errors import ContextLengthError
 from mope_bb.pcm.gates import Gate, LinearGate
 from mope_bb.pcm.model import PreferenceControlModel
 from mope_bb.pcm.rollouts import RolloutRequest
 from mope_bb.pcm.runner import build_pcm_messages
 from mope_bb.row_batch import RowBatch
+
+UNLIMITED: Final = 2**31
 
 
 class HeadRows(ABC):
@@ -24,8 +28,9 @@ class HeadRows(ABC):
     gate: Gate = LinearGate()
     policy_version: int = 0
 
-    def check(self, request: RolloutRequest) -> None:  # noqa: B027  # most read nothing
-        """Raise MopeError if this request cannot be read: it must not cost the others."""
+    def room(self, request: RolloutRequest) -> int:
+        """How long an answer to `request` can be read. Raises MopeError if it cannot be read at all."""
+        return UNLIMITED
 
     @abstractmethod
     def start(self, requests: Sequence[RolloutRequest], names: Sequence[str]) -> Tensor:
@@ -79,8 +84,8 @@ class PcmRows(HeadRows):
         """The PCM's present version."""
         return self._pcm.policy_version
 
-    def check(self, request: RolloutRequest) -> None:
-        pcm_prompt_ids(self._pcm, request)
+    def room(self, request: RolloutRequest) -> int:
+        return pcm_room(self._pcm, request)
 
     def start(self, requests: Sequence[RolloutRequest], names: Sequence[str]) -> Tensor:
         self._batch = RowBatch(self._pcm.model)
@@ -107,3 +112,12 @@ class PcmRows(HeadRows):
 def pcm_prompt_ids(pcm: PreferenceControlModel, request: RolloutRequest) -> tuple[int, ...]:
     """What the PCM reads before the answer."""
     return pcm.tokenizer.encode_chat(build_pcm_messages(request.plan.preference_text, request.messages))
+
+
+def pcm_room(pcm: PreferenceControlModel, request: RolloutRequest) -> int:
+    """How many pieces of the answer fit behind the prompt, the last of which is not read. Raises MopeError."""
+    limit = int(getattr(pcm.model.config, "max_position_embeddings", 0) or UNLIMITED)
+    num_ids = len(pcm_prompt_ids(pcm, request))
+    if num_ids > limit:
+        raise ContextLengthError(f"preference and prompt have {num_ids} tokens, the PCM reads at most {limit}")
+    return limit - num_ids + 1

@@ -111,7 +111,7 @@ class _Batch:
         for i, request in enumerate(self._requests):
             if i not in self._failed:
                 try:
-                    self._head.check(request)
+                    self._limits[i] = min(self._limits[i], self._head.room(request))
                 except MopeError as error:
                     self._failed[i] = error
         return prompts

@@ -49,8 +49,8 @@ class StyleSource:
                         f"`{key}` of [train.preferences] names the dimension {name!r}, which has no expert",
                         hint=f"Known: {', '.join(dimensions)}.",
                     )
-        self._opposites = [pair for axis in axes for pair in permutations(axis, 2)]
         left_out = {frozenset(names) for names in mix.leave_out}
+        self._opposites = [pair for axis in axes for pair in permutations(axis, 2) if frozenset(pair) not in left_out]
         self._by_size = {
             size: [
                 names

@@ -17,13 +17,15 @@ from typing import Any, Final
 import torch
 
 from mope_bb.config import Config, TrainConfig
-from mope_bb.errors import AllRolloutsFailedError, ConfigError, MopeError, RewardError
+from mope_bb.errors import AllRolloutsFailedError, ConfigError, ContextLengthError, MopeError, RewardError
 from mope_bb.pcm.bench import ExpertBench
 from mope_bb.pcm.decode import Plan
+from mope_bb.pcm.heads import pcm_room
 from mope_bb.pcm.mixture import MergeRule
 from mope_bb.pcm.model import PreferenceControlModel
 from mope_bb.pcm.plans import build_plan
 from mope_bb.pcm.rollouts import FailedRollout, Rollout, RolloutRequest, Sampler
+from mope_bb.pcm.runner import response_ids
 from mope_bb.rewards.base import References, RewardPanel, scalarise
 from mope_bb.training.checkpoints import save_checkpoint
 from mope_bb.training.learner import Learner, LearnerOptions, LearnerReport, Pair
@@ -150,7 +152,7 @@ class Trainer:
                 # Not before: a first batch that fails leaves what an earlier run wrote as it is.
                 self._write_run_file()
             with (self._setup.output_dir / "metrics.jsonl").open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(asdict(metrics)) + "\n")
+                stream.write(json.dumps(row_of(metrics), allow_nan=False) + "\n")
             if on_step is not None:
                 on_step(metrics, self.share_done)
         self.save()
@@ -186,8 +188,22 @@ class Trainer:
     def _sample(self, tasks: Sequence[_Task], rng: random.Random) -> list[tuple[Rollout | FailedRollout, ...]]:
         """Two rollouts of each task: the first ones, then the second ones."""
         requests = [RolloutRequest(task.messages, task.plan, rng.getrandbits(32)) for _ in range(2) for task in tasks]
-        found = self._sampler.sample(requests, self._sampling)
+        found = [self._readable(one) for one in self._sampler.sample(requests, self._sampling)]
         return [tuple(found[: len(tasks)]), tuple(found[len(tasks) :])]
+
+    def _readable(self, found: Rollout | FailedRollout) -> Rollout | FailedRollout:
+        """A failure for an answer that has outgrown the PCM's context: what acted there cannot be recomputed."""
+        if isinstance(found, FailedRollout):
+            return found
+        pcm, request = self._setup.pcm, found.request
+        same_ids = self._setup.bench.reads_expert_ids(pcm)
+        try:
+            num_ids = sum(map(len, response_ids(pcm, found.pieces[:-1], same_ids=same_ids)))
+            if num_ids < pcm_room(pcm, request):
+                return found
+        except MopeError as error:
+            return FailedRollout(request, error)
+        return FailedRollout(request, ContextLengthError(f"the answer's {num_ids} tokens do not fit the PCM's context"))
 
     def _sample_references(self, tasks: Sequence[_Task], rng: random.Random) -> MopeError | None:
         return sample_references(
@@ -307,6 +323,11 @@ class Trainer:
             "train": self._options.model_dump(mode="json"),
         }
         (self._setup.output_dir / "run.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+
+def row_of(metrics: StepMetrics) -> dict[str, float | None]:
+    """The metrics as JSON can hold them: null for what is not a finite number."""
+    return {name: value if math.isfinite(value) else None for name, value in asdict(metrics).items()}
 
 
 def served_dimensions(config: Config) -> list[str]:

@@ -29,9 +29,10 @@ def here(nano: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "prompts.txt").write_text("How do I fix a bike?\nHello\n")
     (tmp_path / "empty.txt").write_text("\n")
     (tmp_path / "untrained").symlink_to(nano.pcm)
-    for name in ("one", "two"):
+    (tmp_path / "no-base.toml").write_text((tmp_path / "mope.toml").read_text().replace("base = true", ""))
+    for name, rule in (("one", "linear"), ("two", "linear"), ("product", "product")):
         pcm = load_pcm(str(nano.pcm))
-        pcm.policy_version, pcm.rule = 1, "linear"
+        pcm.policy_version, pcm.rule = 1, rule
         (tmp_path / name).mkdir()
         pcm.save(tmp_path / name)
     (tmp_path / "older").mkdir()
@@ -46,6 +47,8 @@ def here(nano: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (["--pcm", "untrained"], ["the PCM 'untrained' is not trained", "mope-bb train"]),
         (["--pcm", "one", "--pcm", "two"], ["two PCMs were trained for the rule 'linear'", "one per rule"]),
         (["--pcm", "one", "--pcm", "untrained"], ["the PCM 'untrained' is not trained"]),
+        (["-c", "no-base.toml", "--pcm", "product"], ["trained for the rule 'product'", "base = true"]),
+        (["--ceilings"], ["--ceilings needs the zoo"]),
         (["--pcm", "absent"], ["'absent' is not a PCM folder"]),
         (["--prompts", "absent.txt"], ["no prompt file 'absent.txt'"]),
         (["--prompts", "empty.txt"], ["'empty.txt' holds no prompt"]),
@@ -53,7 +56,7 @@ def here(nano: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (["--prompts", "prompts.txt"], ["'concise' has no reward", "[dimensions.concise]"]),
         ([], ["there are no prompts to ask", "--prompts"]),
     ],
-    ids=lambda value: " ".join(value).replace("--", "") if value and value[0].startswith("--") else "",
+    ids=lambda value: " ".join(value).replace("--", "") if value and value[0].startswith("-") else "",
 )
 def test_bad_input_costs_nothing(mope: Run, here: Path, flags: list[str], parts: list[str]) -> None:
     """One line and a hint; what stands in the output folder stays as it was."""

@@ -123,7 +123,6 @@ def test_who_chooses_the_rule(mope: Run, folder: Folder, flags: tuple[str, ...],
     assert load_pcm("new/checkpoints/last").rule == rule
 
 
-@pytest.mark.xfail(strict=True, reason="zoo_choice.choose_experts replaces the whole table")
 def test_flags_keep_the_rest_of_the_preferences(mope: Run, folder: Folder) -> None:
     """--leave-out adds to [train.preferences] and replaces nothing else in it."""
     axes = '[train.preferences]\naxes = [["concise", "friendly"]]\nsizes = [1, 0, 0]\n'

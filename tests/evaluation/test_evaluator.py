@@ -38,8 +38,8 @@ class Stub(Method):
 
 
 def numeric(dimension: str, answer: str) -> float:
-    """An answer's score is its own number; "concise" halves it."""
-    return float(answer) / (2 if dimension == "concise" else 1)
+    """An answer's score is its own number, 5 for silence; "concise" halves it."""
+    return float(answer or 5) / (2 if dimension == "concise" else 1)
 
 
 @pytest.fixture
@@ -97,10 +97,10 @@ def test_measures_see_the_answer_and_its_reference(bench: ExpertBench, tasks: li
 
 def test_means_of_rewards_and_of_entropies(evaluator: Evaluator, tasks: list[EvalTask]) -> None:
     """Rewards by answer, entropies by token; failures count nowhere, and without answers both are 0."""
-    given = [Given("0", 1, 4.0), None, Given("1000", 3, 0.0), None]
+    given = [Given("0", 1, 4.0), None, Given("1000", 3, 1.0), None]
     method = Stub(lambda number, temperature: given[number])
     assert evaluator.mean_reward(method, tasks) == pytest.approx(0.75)
-    assert evaluator.mean_entropy(method, tasks) == pytest.approx(1.0)
+    assert evaluator.mean_entropy(method, tasks) == pytest.approx(1.75)
     nothing = Stub(lambda number, temperature: None)
     assert (evaluator.mean_reward(nothing, tasks), evaluator.mean_entropy(nothing, tasks)) == (0.0, 0.0)
 

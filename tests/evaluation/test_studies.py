@@ -304,12 +304,14 @@ def test_coloured_tokens_are_the_answer(suite: Suite, rule: str) -> None:
 
 
 def rollout_of(weights: Sequence[Sequence[float]], pieces: Sequence[Piece], logprobs: Sequence[float]) -> Rollout:
-    """An answer of a and b with these weights, to whom every piece has these logprobs."""
+    """An answer of a and b with these weights, to whom every piece, the second candidate, has these logprobs."""
     plan = Plan(MergeRule("linear"), ("a", "b"), (0.5, 0.5), base=None, preference_text="")
     count = len(pieces)
-    lists = Lists(torch.tensor([[[one] for one in logprobs]] * count), torch.zeros(count, 2), torch.zeros(count, 2))
+    lists = Lists(
+        torch.tensor([[[-9.0, one] for one in logprobs]] * count), torch.zeros(count, 2), torch.zeros(count, 2)
+    )
     zeros = torch.zeros(count)
-    index = torch.zeros(count, dtype=torch.long)
+    index = torch.ones(count, dtype=torch.long)
     request = RolloutRequest((), plan, 0)
     return Rollout(request, tuple(pieces), "length", lists, index, zeros, torch.tensor(weights), zeros, 0)
 

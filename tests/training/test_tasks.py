@@ -167,6 +167,12 @@ def test_left_out_combinations_are_never_drawn() -> None:
     assert frozenset(("technical", "grumpy", "concise")) in found
 
 
+def test_left_out_opposites_are_never_drawn() -> None:
+    """Two poles of an axis that are left out are no slider either."""
+    styles = draw(config_of(opposites=1.0, leave_out=[("technical", "simple")]))
+    assert {frozenset(style.weights) for style in styles} == {frozenset(axis) for axis in AXES[1:]}
+
+
 def test_leaving_out_a_whole_size_draws_the_others() -> None:
     """Where every triple is left out, preferences have one or two dimensions."""
     triples = [(a, b, c) for a in AXES[0] for b in AXES[1] for c in AXES[2]]

@@ -17,10 +17,11 @@ import torch
 from mope_bb.config import Config, parse_config
 from mope_bb.errors import AllRolloutsFailedError, ConfigError, TrainingError
 from mope_bb.pcm.bench import ExpertBench
+from mope_bb.pcm.heads import pcm_prompt_ids
 from mope_bb.pcm.local_sampler import LocalSampler
 from mope_bb.pcm.mixture import MergeRule
 from mope_bb.pcm.model import load_pcm
-from mope_bb.pcm.rollouts import FailedRollout, Rollout
+from mope_bb.pcm.rollouts import FailedRollout, Rollout, RolloutRequest
 from mope_bb.rewards.base import References, RewardPanel, win_probability
 from mope_bb.rewards.function import FunctionReward
 from mope_bb.training.learner import Learner, LearnerReport, Pair
@@ -387,3 +388,28 @@ def test_what_cannot_be_trained_is_told() -> None:
     assert served_dimensions(config_of(plain, styled)) == ["concise"]
     assert reference_expert(config_of(plain, styled)) == "plain"
     assert reference_expert(config_of(plain, styled, reference="styled")) == "styled"
+
+
+def runs_requests(trainer: Trainer) -> list[RolloutRequest]:
+    """Some of the requests that a run may make."""
+    tasks = [trainer._draw_task(random.Random(seed)) for seed in range(50)]
+    return [RolloutRequest(task.messages, task.plan, 0) for task in tasks]
+
+
+def test_an_answer_beyond_the_pcm_is_not_learned_from(runs: Runs, seen: Seen) -> None:
+    """Answers end where the PCM's context ends, so that each one that is learned from can be recomputed."""
+    trainer = runs.trainer(max_steps=1, prompts=PROMPTS[:1])
+    pcm = trainer._setup.pcm
+    longest = 4 + max(len(pcm_prompt_ids(pcm, request)) for request in runs_requests(trainer))
+    pcm.model.config.max_position_embeddings = longest
+    trainer.run()
+    for rollout in (one for pair in seen.windows[0] for one in (pair.first, pair.second)):
+        assert len(pcm_prompt_ids(pcm, rollout.request)) + len(rollout) - 1 <= longest
+
+
+def test_a_prompt_beyond_the_pcm_ends_the_run(runs: Runs) -> None:
+    """Where the PCM can read no prompt at all the error says how much it reads."""
+    trainer = runs.trainer(max_steps=1)
+    trainer._setup.pcm.model.config.max_position_embeddings = 3
+    with pytest.raises(AllRolloutsFailedError, match="the PCM reads at most 3"):
+        trainer.run()
