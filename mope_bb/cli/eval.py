@@ -9,6 +9,7 @@ import random
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import combinations, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -67,13 +68,19 @@ def evaluate(  # noqa: PLR0917  # one parameter per flag
     """
     from mope_bb.cli.zoo_choice import choose_experts, new_folder, use_cores
 
-    if ceilings and config_path is not None:
-        raise ConfigError("--ceilings needs the zoo, whose grammar is known", hint="Leave out --config or --ceilings.")
+    if ceilings and (config_path is not None or prompts is not None):
+        raise ConfigError(
+            "--ceilings needs the zoo and its own questions, whose grammar is known",
+            hint="Leave out --config and --prompts, or --ceilings.",
+        )
     use_cores()
     started = time.monotonic()
     experts = choose_experts(
         config_path, size=zoo_size, seed=zoo_seed, train={} if prompts is None else {"prompts": prompts}
     )
+    if prompts is not None:
+        # The oracle knows the zoo's own questions only.
+        experts = replace(experts, zoo=None)
     folder = new_folder(out, "evals")
     pcms = load_pcms(experts.config, pcm_paths)
     chosen = choose_prompts(experts, num_prompts, seed)
@@ -303,7 +310,7 @@ def add_studies(
     """List lengths, a slider, random weights, and (in the zoo) wordings known and unknown."""
     from mope_bb.cli.zoo_eval import in_words
     from mope_bb.evaluation.studies import comparison_study, gain_study, slider_study, truncation_study
-    from mope_bb.evaluation.suite import WEIGHTED
+    from mope_bb.evaluation.suite import GEOMETRIC, WEIGHTED
 
     trained = [suite.mope(rule) for rule in suite.pcms]
     some = tasks[: 16 * len({task.style.label for task in tasks})]
@@ -324,6 +331,7 @@ def add_studies(
     untrained: list[Method] = [
         suite.uniform(),
         suite.method(WEIGHTED, "training-free", "", "linear"),
+        *([suite.method(GEOMETRIC, "training-free", "", "geometric")] if "geometric" in suite.pcms else []),
         suite.static_product(),
     ]
     study, _ = comparison_study(
@@ -352,8 +360,6 @@ def add_studies(
 
 def with_random_weights(tasks: Sequence[EvalTask]) -> list[EvalTask]:
     """The same tasks with random weights."""
-    from dataclasses import replace
-
     from mope_bb.preferences import Preference
     from mope_bb.training.tasks import WantedStyle
 

@@ -68,9 +68,9 @@ def merge_lists(rule: MergeRule, lists: Lists, log_lambda: Tensor, head_scores: 
     """
     first = 1 if rule.needs_base else 0
     filled = fill_missing(rule, lists.logprobs, lists.floors)
-    phi = expert_features(
-        lists.logprobs[..., first:, :], log_lambda, lists.tails[..., first:], filled[..., 0, :] if first else None
-    )
+    # Whatever the rule: from a base that counts as 0 where it listed nothing every divergence would be infinite.
+    base = fill_missing(MergeRule("product"), lists.logprobs, lists.floors)[..., 0, :] if first else None
+    phi = expert_features(lists.logprobs[..., first:, :], log_lambda, lists.tails[..., first:], base)
     weights = rule.weights(log_lambda, gate.scores(head_scores, phi, torch.isfinite(log_lambda)))
     return MergedLists(rule.merge(filled, weights), weights)
 
@@ -85,11 +85,12 @@ def merge_step(plan: Plan, distributions: Sequence[TokenDistribution], head_scor
     )
     merged = merge_lists(plan.rule, lists, plan.log_lambda, head_scores.double(), gate)
     unlisted = torch.isneginf(lists.logprobs).any(dim=0)
+    first = 1 if plan.rule.needs_base else 0
     return Merged(
         candidates,
         merged.log_pi,
         merged.weights,
-        missed_mass=float(missed_mass(merged.weights, lists.tails)) if plan.rule.name == "linear" else None,
+        missed_mass=float(missed_mass(merged.weights, lists.tails[first:])) if plan.rule.name == "linear" else None,
         floor_mass=float(merged.log_pi.exp()[unlisted].sum()),
     )
 

@@ -227,7 +227,6 @@ def test_base_aware_linear_answers_like_the_linear_rule(bench: ExpertBench, conf
     assert texts(aware) == texts(plain)
 
 
-@pytest.mark.xfail(reason="merge_lists does not fill the base's list under the linear rule", strict=True)
 def test_router_by_divergence_takes_the_farthest_from_the_base() -> None:
     """The expert whose list is farthest from the base's speaks, also where the base did not list a piece."""
     rng, first = np.random.default_rng(1), 0
@@ -241,7 +240,6 @@ def test_router_by_divergence_takes_the_farthest_from_the_base() -> None:
     assert first == 0
 
 
-@pytest.mark.xfail(raises=RuntimeError, reason="merge_step counts the base's tail under the linear rule", strict=True)
 def test_router_by_divergence_goes_through_the_pool() -> None:
     """Experts behind endpoints are routed as local ones are."""
     said = {"base": {"a": 0.5, "b": 0.5}, "concise": {"a": 0.51, "b": 0.49}, "friendly": {"a": 0.01, "b": 0.99}}
