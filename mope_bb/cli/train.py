@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
 from mope_bb.errors import ConfigError, MopeError
 
 if TYPE_CHECKING:
+    from rich.progress import Progress
+
     from mope_bb.training.trainer import StepMetrics, TrainingSetup
 
-ABLATIONS = ("shuffled-rewards", "context-free", "no-features")
+SILENCE_S: Final = 30.0
+ABLATIONS: Final = ("shuffled-rewards", "context-free", "no-features")
 
 
 @click.command()
@@ -70,9 +74,9 @@ def train(  # noqa: PLR0917  # one parameter per flag
         from mope_bb.training.trainer import Trainer
 
         trainer = Trainer(setup)
-        with live(setup) as on_step:
+        with live(setup) as view:
             try:
-                trainer.run(on_step)
+                trainer.run(view.show_step, on_answers=view.show_answers)
             except (KeyboardInterrupt, MopeError):
                 if setup.pcm.policy_version:
                     click.echo(f"\nStopped; what was learned is saved in {trainer.save()}.", err=True)
@@ -155,32 +159,58 @@ def open_setup(
         panel.close()
 
 
+class View:
+    """Progress as lines on standard error: one for each tenth of the run, and for each half minute of a long batch."""
+
+    def __init__(self) -> None:
+        self._tenth = -1
+        self._last_line = time.monotonic()
+
+    def show_step(self, metrics: StepMetrics, share: float) -> None:
+        """A batch was learned from."""
+        if int(share * 10) > self._tenth:
+            self._tenth = int(share * 10)
+            self._print(describe(metrics))
+
+    def show_answers(self, num_done: int, num_answers: int) -> None:
+        """A batch is being sampled."""
+        if time.monotonic() - self._last_line > SILENCE_S:
+            self._print(f"sampling: {num_done} of {num_answers} answers")
+
+    def _print(self, line: str) -> None:
+        self._last_line = time.monotonic()
+        print(line, file=sys.stderr, flush=True)
+
+
+class BarView(View):
+    """Progress as a bar on a terminal."""
+
+    def __init__(self, bar: Progress, rule: str) -> None:
+        super().__init__()
+        self._bar = bar
+        self._task = bar.add_task(f"training ({rule}) ...", total=1.0)
+
+    def show_step(self, metrics: StepMetrics, share: float) -> None:
+        self._bar.update(self._task, description=describe(metrics), completed=min(share, 1.0))
+
+    def show_answers(self, num_done: int, num_answers: int) -> None:
+        if num_done < num_answers:
+            self._bar.update(self._task, description=f"sampling: {num_done} of {num_answers} answers")
+
+
 @contextmanager
-def live(setup: TrainingSetup) -> Iterator[Callable[[StepMetrics, float], None]]:
-    """Progress on standard error: a bar on a terminal, else a line now and then."""
+def live(setup: TrainingSetup) -> Iterator[View]:
+    """Progress on standard error, by what it is."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
     if not console.is_terminal:
-        told = -1
-
-        def tell(metrics: StepMetrics, share: float) -> None:
-            nonlocal told
-            if int(share * 10) > told:
-                told = int(share * 10)
-                print(describe(metrics), file=sys.stderr, flush=True)
-
-        yield tell
+        yield View()
         return
     columns = (BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as bar:
-        task = bar.add_task(f"training ({setup.rule.name}) ...", total=1.0)
-
-        def show(metrics: StepMetrics, share: float) -> None:
-            bar.update(task, description=describe(metrics), completed=min(share, 1.0))
-
-        yield show
+        yield BarView(bar, setup.rule.name)
 
 
 def describe(metrics: StepMetrics) -> str:

@@ -24,7 +24,7 @@ from mope_bb.pcm.heads import pcm_room
 from mope_bb.pcm.mixture import MergeRule
 from mope_bb.pcm.model import PreferenceControlModel
 from mope_bb.pcm.plans import build_plan
-from mope_bb.pcm.rollouts import FailedRollout, Rollout, RolloutRequest, Sampler
+from mope_bb.pcm.rollouts import FailedRollout, Progress, Rollout, RolloutRequest, Sampler
 from mope_bb.pcm.runner import response_ids
 from mope_bb.rewards.base import References, RewardPanel, scalarise
 from mope_bb.training.checkpoints import save_checkpoint
@@ -128,6 +128,7 @@ class Trainer:
         self._window: list[list[Pair]] = []
         self._started = time.monotonic()
         self._num_steps = 0
+        self._on_answers: Progress | None = None
         setup.pcm.rule = setup.rule.name
         if self._options.lora_rank:
             add_lora(setup.pcm, rank=self._options.lora_rank)
@@ -139,11 +140,16 @@ class Trainer:
         limit = self._options.max_minutes
         return by_steps if limit is None else max(by_steps, (time.monotonic() - self._started) / (60 * limit))
 
-    def run(self, on_step: Callable[[StepMetrics, float], None] | None = None) -> None:
-        """Train to the end; `on_step` is told each row of metrics and the share that is done.
+    def run(
+        self, on_step: Callable[[StepMetrics, float], None] | None = None, *, on_answers: Progress | None = None
+    ) -> None:
+        """Train to the end.
 
-        Raises TrainingError, ProviderError, RewardError and ConfigError. A checkpoint is written at the end.
+        `on_step` is told each row of metrics and the share that is done; `on_answers`, while a batch is sampled, how
+        many of its answers there are, of how many. Raises TrainingError, ProviderError, RewardError and ConfigError. A
+        checkpoint is written at the end.
         """
+        self._on_answers = on_answers
         self._setup.output_dir.mkdir(parents=True, exist_ok=True)
         self._started = time.monotonic()
         while self.share_done < 1.0:
@@ -188,7 +194,8 @@ class Trainer:
     def _sample(self, tasks: Sequence[_Task], rng: random.Random) -> list[tuple[Rollout | FailedRollout, ...]]:
         """Two rollouts of each task: the first ones, then the second ones."""
         requests = [RolloutRequest(task.messages, task.plan, rng.getrandbits(32)) for _ in range(2) for task in tasks]
-        found = [self._readable(one) for one in self._sampler.sample(requests, self._sampling)]
+        sampled = self._sampler.sample(requests, self._sampling, progress=self._on_answers)
+        found = [self._readable(one) for one in sampled]
         return [tuple(found[: len(tasks)]), tuple(found[len(tasks) :])]
 
     def _readable(self, found: Rollout | FailedRollout) -> Rollout | FailedRollout:
