@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import pytest
 
+from mope_bb.cli.train import View
 from mope_bb.pcm.model import load_pcm
 from tests.rewards.conftest import save_llama
 
@@ -135,14 +135,10 @@ def test_flags_keep_the_rest_of_the_preferences(mope: Run, folder: Folder) -> No
 def test_ctrl_c_saves_what_was_learned(mope: Run, folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     """After one of two batches: exit status 130, the path of the checkpoint, and one batch in it."""
 
-    @contextmanager
-    def interrupted(setup: Any) -> Iterator[Any]:
-        def on_step(metrics: Any, share: float) -> NoReturn:
-            raise KeyboardInterrupt
+    def interrupted(view: View, metrics: Any, share: float) -> NoReturn:
+        raise KeyboardInterrupt
 
-        yield on_step
-
-    monkeypatch.setattr("mope_bb.cli.train.live", interrupted)
+    monkeypatch.setattr(View, "show_step", interrupted)
     result = mope("train", "-c", folder.config(), "-o", "new")
     assert (result.status, result.out) == (INTERRUPTED, "")
     assert result.err.strip() == "Stopped; what was learned is saved in new/checkpoints/last."
@@ -263,3 +259,13 @@ def test_context_free_needs_batches(mope: Run, folder: Folder, nano: Zoo) -> Non
     result.assert_refused(CONFIGURATION, "context-free", "local")
     assert mope("train", "-c", "mope.toml", "-o", "new", "--ablation", "no-features").status == 0
     assert load_pcm("new/checkpoints/last").policy_version == 2
+
+
+def test_a_long_batch_is_told_about(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A line at most every half minute; a quick batch says nothing."""
+    clock = iter((0.0, 1.0, 31.0, 31.0, 32.0, 70.0, 70.0))
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    view = View()
+    for done in range(1, 5):
+        view.show_answers(done, 9)
+    assert capsys.readouterr().err.splitlines() == ["sampling: 2 of 9 answers", "sampling: 4 of 9 answers"]
