@@ -18,7 +18,7 @@ def zoo() -> None:
 
 
 @zoo.command()
-@click.option("--size", default="tiny", show_default=True, help="tiny, nano (quick and rough) or gpu.")
+@click.option("--size", default="tiny", show_default=True, help="tiny, clean (without side effects), nano (quick and rough) or gpu.")
 @click.option("--seed", default=0, show_default=True, help="Equal seeds give equal models on one machine.")
 def build(size: str, seed: int) -> None:
     """Train the base, the six experts and their reward models (minutes, once)."""
@@ -31,7 +31,7 @@ def build(size: str, seed: int) -> None:
 
 
 @zoo.command()
-@click.option("--size", default="tiny", show_default=True, help="tiny, nano or gpu.")
+@click.option("--size", default="tiny", show_default=True, help="tiny, clean, nano or gpu.")
 @click.option("--seed", default=0, show_default=True)
 @click.option(
     "--config", "config_path", type=click.Path(path_type=Path), help="Write a mope.toml for these servers here."
