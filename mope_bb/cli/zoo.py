@@ -18,7 +18,12 @@ def zoo() -> None:
 
 
 @zoo.command()
-@click.option("--size", default="tiny", show_default=True, help="tiny, clean (without side effects), nano (quick and rough) or gpu.")
+@click.option(
+    "--size",
+    default="tiny",
+    show_default=True,
+    help="tiny, clean (without side effects), nano (quick and rough) or gpu.",
+)
 @click.option("--seed", default=0, show_default=True, help="Equal seeds give equal models on one machine.")
 def build(size: str, seed: int) -> None:
     """Train the base, the six experts and their reward models (minutes, once)."""

@@ -225,7 +225,7 @@ def gain_kept(
 
     The four names are methods of `answers`. None where the whole is no gain, or one of them has no answers.
     """
-    names = (*part, *whole)
+    names = dict.fromkeys((*part, *whole))
     chosen = [answer for answer in answers if answer.method in names]
     if {answer.method for answer in chosen} != set(names):
         return None
