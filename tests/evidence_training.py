@@ -222,7 +222,7 @@ def seed_facts(evaluation: Evaluation) -> dict[str, Any]:
 
 def readme_table(results: dict[str, Any]) -> str:
     """The README's table: each zoo's share of the headroom, and reward and oracle of the first."""
-    lines = ["| | reward | oracle | headroom closed, zoo 0, 1, 2 |", "|---|---|---|---|"]
+    lines = ["| | reward, zoo 0 | oracle, zoo 0 | headroom closed, zoos 0, 1, 2 |", "|---|---|---|---|"]
     first = results["seeds"]["0"]["methods"]
     for name in README_METHODS:
         cells = ["±".join(f"{x:.3f}" for x in half_width(first[name][measure])) for measure in MEASURES]
