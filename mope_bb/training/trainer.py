@@ -131,7 +131,11 @@ class Trainer:
         self._on_answers: Progress | None = None
         setup.pcm.rule = setup.rule.name
         if self._options.lora_rank:
+            # The backbone stays in bfloat16 on a GPU; peft keeps the adapter in float32.
             add_lora(setup.pcm, rank=self._options.lora_rank)
+        else:
+            # AdamW's small steps would be rounded away in bfloat16.
+            setup.pcm.model.float()
 
     @property
     def share_done(self) -> float:

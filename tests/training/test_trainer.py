@@ -6,7 +6,7 @@ import json
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -388,6 +388,19 @@ def test_what_cannot_be_trained_is_told() -> None:
     assert served_dimensions(config_of(plain, styled)) == ["concise"]
     assert reference_expert(config_of(plain, styled)) == "plain"
     assert reference_expert(config_of(plain, styled, reference="styled")) == "styled"
+
+
+@pytest.mark.parametrize("lora_rank", [0, 2])
+def test_what_is_trained_is_trained_in_float32(nano: Zoo, runs: Runs, lora_rank: int) -> None:
+    """A PCM that was loaded in bfloat16, as on a GPU, learns with float32 weights: all of them, or its adapter."""
+    setup = runs.trainer(max_steps=1)._setup
+    setup.pcm.model.bfloat16()
+    config = local_config(nano, train={**SMALL, "max_steps": 1, "lora_rank": lora_rank})
+    trainer = Trainer(replace(setup, config=config))
+    trained = {name: value for name, value in setup.pcm.model.named_parameters() if value.requires_grad}
+    assert {value.dtype for name, value in trained.items() if "lora" in name or not lora_rank} == {torch.float32}
+    trainer.run()
+    assert setup.pcm.policy_version == 1
 
 
 def runs_requests(trainer: Trainer) -> list[RolloutRequest]:
