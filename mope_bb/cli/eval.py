@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from mope_bb.cli.zoo_choice import Experts
     from mope_bb.evaluation.evaluator import Evaluator
     from mope_bb.evaluation.methods import EvalTask, Method
-    from mope_bb.evaluation.results import Curve, Evaluation
+    from mope_bb.evaluation.results import Curve, Evaluation, MethodInfo, ScoredAnswer
     from mope_bb.evaluation.suite import Suite
     from mope_bb.pcm.model import PreferenceControlModel
 
@@ -258,20 +258,16 @@ def run_quick(
     extra: Sequence[Method],
     *,
     num_samples: int,
-) -> tuple[list[Any], list[Any]]:
+) -> tuple[list[MethodInfo], list[ScoredAnswer]]:
     """The base, the strongest baselines and the PCMs; the static product also as sharp as the best PCM."""
-    from mope_bb.evaluation.suite import STATIC, matched_methods
+    from mope_bb.evaluation.suite import STATIC, ask_all, matched_methods
 
     names = ("base", "prompting", "uniform mixture", "router by entropy", STATIC)
     methods: list[Method] = [one for one in suite.black_box() if one.info.name in names]
     trained: list[Method] = [suite.mope(rule) for rule in suite.pcms]
     static = [one for one in methods if one.info.name == STATIC]
     methods += [*trained, *matched_methods(evaluator, static, trained, validation, tell=tell), *extra]
-    answers: list[Any] = []
-    for number, method in enumerate(methods, start=1):
-        tell(f"{method.info.name} ({number} of {len(methods)})")
-        answers += evaluator.run(method, tasks, num_samples=num_samples)
-    return [method.info for method in methods], answers
+    return ask_all(methods, evaluator, tasks, num_samples=num_samples, tell=tell)
 
 
 def validation_tasks(

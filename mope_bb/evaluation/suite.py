@@ -241,6 +241,13 @@ def run_all(
         tell(f"tuning the temperature of {one.info.name}")
         matched.append(one.at(evaluator.tune_temperature(one, validation), f"{one.info.name} @tuned"))
     methods += [*white, suite.best_of(evaluator), *trained, *matched, *extra]
+    return ask_all(methods, evaluator, tasks, num_samples=num_samples, tell=tell)
+
+
+def ask_all(
+    methods: Sequence[Method], evaluator: Evaluator, tasks: Sequence[EvalTask], *, num_samples: int, tell: Tell
+) -> tuple[list[MethodInfo], list[ScoredAnswer]]:
+    """Every method on every task, one method after the other."""
     answers: list[ScoredAnswer] = []
     for number, method in enumerate(methods, start=1):
         tell(f"{method.info.name} ({number} of {len(methods)})")

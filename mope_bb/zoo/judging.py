@@ -1,4 +1,4 @@
-"""The zoo as an evaluation: its questions, its preferences, its oracle. Training never sees the oracle."""
+"""The zoo as an evaluation: its questions and its oracle. Training never sees the oracle."""
 
 from __future__ import annotations
 
@@ -7,14 +7,11 @@ from collections.abc import Mapping, Sequence
 
 from mope_bb.rewards.base import win_probability
 from mope_bb.types import Message
-from mope_bb.zoo.language import Task, combinations, ideal_answer, tasks
+from mope_bb.zoo.language import Task, ideal_answer, tasks
 from mope_bb.zoo.oracle import score
-from mope_bb.zoo.wording import POLES, QUESTIONS
+from mope_bb.zoo.wording import QUESTIONS
 
 Prompt = tuple[Message, ...]
-AXES = POLES
-"""Of each pair of poles a preference takes at most one."""
-TRIPLES = tuple(combinations())
 
 
 def zoo_prompts(*, held_out: bool) -> tuple[Prompt, ...]:

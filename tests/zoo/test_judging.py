@@ -9,9 +9,11 @@ from dataclasses import replace
 import pytest
 
 from mope_bb.types import Message
-from mope_bb.zoo.judging import AXES, TRIPLES, Prompt, ZooJudge, spread_prompts, zoo_prompts
-from mope_bb.zoo.language import Style, Task, answer, style_of, tasks
-from mope_bb.zoo.wording import QUESTIONS
+from mope_bb.zoo.judging import Prompt, ZooJudge, spread_prompts, zoo_prompts
+from mope_bb.zoo.language import Style, Task, answer, combinations, style_of, tasks
+from mope_bb.zoo.wording import POLES, QUESTIONS
+
+TRIPLES = combinations()
 
 
 def even(poles: Sequence[str]) -> dict[str, float]:
@@ -49,7 +51,7 @@ def test_spread_prompts_has_no_repetition(held_out: bool) -> None:
 
 def test_triples_take_a_pole_of_each_axis() -> None:
     """All eight."""
-    assert set(TRIPLES) == {(a, b, c) for a in AXES[0] for b in AXES[1] for c in AXES[2]}
+    assert set(TRIPLES) == {(a, b, c) for a in POLES[0] for b in POLES[1] for c in POLES[2]}
 
 
 @pytest.mark.parametrize("poles", TRIPLES, ids=" ".join)
