@@ -127,8 +127,8 @@ class PreferenceMixConfig(_Section):
     """Combinations that are never drawn, to be tested on later."""
     opposites: Share = 0.1
     """Share of preferences for two dimensions of one axis, weighted: the positions of a slider. Of the others:"""
-    sizes: tuple[Share, Share, Share] = (0.15, 0.25, 0.6)
-    """shares of one, two and three dimensions."""
+    sizes: tuple[Share, Share, Share] = (0.1, 0.6, 0.3)
+    """shares of one, two and three dimensions. Pairs teach what triples are made of, also those never trained on."""
     names: Share = 0.5
     """Share of preferences given as names of equal weight,"""
     weights: Share = 0.25
@@ -179,6 +179,22 @@ class TrainConfig(_Section):
     max_tokens: Annotated[int, Field(ge=1)] = 256
     """Longest answer that is sampled."""
     seed: int = 0
+    max_staleness: Annotated[int, Field(ge=0)] = 2
+    """How many versions older than the weights that learn from it the policy may be that began a pair; 0 = none, so
+    that sampling and learning take turns."""
+    max_in_flight: Annotated[int, Field(ge=1)] = 16
+    """Answers under way at a time, where the experts are not all `local`."""
+    deterministic: bool | None = None
+    """Equal seeds train equally, also when the run is killed and resumed; needs `local` experts, for which it is the
+    default."""
+    save_steps: Annotated[int, Field(ge=1)] = 10
+    """Batches between two checkpoints."""
+    save_total_limit: Annotated[int, Field(ge=1)] = 2
+    """Checkpoints that are kept."""
+    rollout_timeout_s: Annotated[float, Field(gt=0)] = 600.0
+    """Longest duration of an answer, where the experts are not all `local`; one that takes longer has failed."""
+    stall_timeout_s: Annotated[float, Field(gt=0)] = 1800.0
+    """A run in which nothing ends for so long ends with an error that names what it waits for."""
 
 
 class Config(_Section):

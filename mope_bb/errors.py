@@ -19,6 +19,7 @@
     +-- RewardError(RuntimeError)          a reward model that cannot score
     +-- TrainingError(RuntimeError)        a run that cannot go on
         +-- AllRolloutsFailedError         no pair of a batch could be scored
+        +-- StalledError                   no progress for too long
 
 Messages name the thing, the value found and the value expected; `hint` says what to do. `retryable` is a fact of the
 class, so that the retry layer asks the error and keeps no list of its own.
@@ -164,3 +165,9 @@ class TrainingError(MopeError, RuntimeError):
 
 class AllRolloutsFailedError(TrainingError):
     """Not one pair of a batch could be sampled and scored."""
+
+
+class StalledError(TrainingError):
+    """A run has made no progress for too long; the message names what it waits for."""
+
+    default_hint = "What was finished is kept: when that works again, go on with --resume."

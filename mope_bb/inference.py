@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -41,7 +41,13 @@ class _Slot:
 @dataclass(eq=False, slots=True)
 class _Request:
     ids: list[int]
-    future: Future[Tensor]
+    future: Future[tuple[Tensor, Any]]
+
+
+@dataclass(eq=False, slots=True)
+class _Swap:
+    load: Callable[[], Any]
+    future: Future[None]
 
 
 class SlotCache(Cache):  # type: ignore[misc]  # untyped base
@@ -103,8 +109,10 @@ class SlotCache(Cache):  # type: ignore[misc]  # untyped base
 class BatchedModel:
     """A causal transformers model as a service: ids in, the output row of the last position out."""
 
-    def __init__(self, model: Any, *, name: str, num_slots: int = 16, is_lm: bool = True) -> None:
+    def __init__(self, model: Any, *, name: str, num_slots: int = 16, is_lm: bool = True, mark: Any = None) -> None:
+        """`mark` is handed out with every row, until `swap` brings another."""
         self._model = model.eval()
+        self._mark = mark
         self._name = name
         self._is_lm = is_lm
         self._device = next(model.parameters()).device
@@ -112,7 +120,7 @@ class BatchedModel:
         self._cache = SlotCache(num_slots)
         self._slots = [_Slot(row) for row in range(num_slots)]
         self._clock = 0
-        self._queue: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[_Request | _Swap | None] = queue.SimpleQueue()
         self._closed = False
         self.num_forwards = 0
         self.num_ids_computed = 0
@@ -128,13 +136,30 @@ class BatchedModel:
 
     async def last_row(self, ids: Sequence[int]) -> Tensor:
         """The model's output at the last of `ids`: a float32 vector on the CPU."""
+        return (await self.marked_row(ids))[0]
+
+    async def marked_row(self, ids: Sequence[int]) -> tuple[Tensor, Any]:
+        """`last_row`, and the mark of the weights that computed it."""
         if not ids:
             raise ValueError("a forward needs at least one id")
+        future: Future[tuple[Tensor, Any]] = Future()
+        self._put(_Request(list(ids), future))
+        return await asyncio.wrap_future(future)
+
+    async def swap(self, load: Callable[[], Any]) -> None:
+        """Call `load` between two forwards; it changes the weights and returns their mark.
+
+        What was computed with the old weights is forgotten: open answers are read again from their beginning, so that
+        every row is that of one set of weights.
+        """
+        future: Future[None] = Future()
+        self._put(_Swap(load, future))
+        await asyncio.wrap_future(future)
+
+    def _put(self, item: _Request | _Swap) -> None:
         if self._closed:
             raise RuntimeError(f"the model {self._name!r} is closed")
-        future: Future[Tensor] = Future()
-        self._queue.put(_Request(list(ids), future))
-        return await asyncio.wrap_future(future)
+        self._queue.put(item)
 
     def close(self) -> None:
         """End the worker thread; waiting requests are cancelled."""
@@ -145,25 +170,45 @@ class BatchedModel:
 
     def _work(self) -> None:
         while True:
-            batch = [self._queue.get()]
-            while len(batch) < len(self._slots):
+            requests: list[_Request] = []
+            item = self._queue.get()
+            while isinstance(item, _Request):
+                requests.append(item)
+                if len(requests) == len(self._slots):
+                    break
                 try:
-                    batch.append(self._queue.get_nowait())
+                    item = self._queue.get_nowait()
                 except queue.Empty:
                     break
-            requests = [item for item in batch if item is not None and item.future.set_running_or_notify_cancel()]
-            try:
-                for group in self._grouped(requests):
-                    self._forward(group)
-            except BaseException as error:  # noqa: BLE001  # handed to the callers
-                # Whatever went wrong belongs to those who wait; the slots' contents are no longer known.
-                for slot in self._slots:
-                    slot.ids = []
-                for request in requests:
-                    if not request.future.done():
-                        request.future.set_exception(error)
-            if None in batch:
+            self._serve([request for request in requests if request.future.set_running_or_notify_cancel()])
+            if isinstance(item, _Swap):
+                self._swap(item)
+            elif item is None:
                 return self._cancel_waiting()
+
+    def _serve(self, requests: list[_Request]) -> None:
+        try:
+            for group in self._grouped(requests):
+                self._forward(group)
+        except BaseException as error:  # noqa: BLE001  # handed to the callers
+            # Whatever went wrong belongs to those who wait; the slots' contents are no longer known.
+            self._forget()
+            for request in requests:
+                if not request.future.done():
+                    request.future.set_exception(error)
+
+    def _swap(self, swap: _Swap) -> None:
+        self._forget()
+        if swap.future.set_running_or_notify_cancel():
+            try:
+                self._mark = swap.load()
+                swap.future.set_result(None)
+            except BaseException as error:  # noqa: BLE001  # handed to the caller
+                swap.future.set_exception(error)
+
+    def _forget(self) -> None:
+        for slot in self._slots:
+            slot.ids = []
 
     def _cancel_waiting(self) -> None:
         while not self._queue.empty():
@@ -213,7 +258,7 @@ class BatchedModel:
         for i, ((request, slot, _), n) in enumerate(zip(group, num_new, strict=True)):
             slot.ids = request.ids
             row = outputs[i, -1 if outputs.shape[1] == 1 else n - 1]
-            request.future.set_result(row.to("cpu", torch.float32, copy=True))
+            request.future.set_result((row.to("cpu", torch.float32, copy=True), self._mark))
 
     def _run(self, ids: Tensor, rows: Tensor, starts: Tensor, *, last_only: bool) -> Tensor:
         """One forward of B x q new ids; B x q outputs, or only the last of one row."""

@@ -11,9 +11,12 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Final
 
 from mope_bb.errors import PreferenceError
 
+PROMPT_LAYOUT: Final = "chat-2"
+"""How a PCM reads: the preference's text, if it has one, is the system message, the conversation's own follows it."""
 _NAME = re.compile(r"[\w.:/-]+\Z")
 _WORD = re.compile(r"[\w-]+")
 

@@ -83,7 +83,7 @@ def test_scores_of_a_growing_answer_equal_one_forward(nano: Zoo, trained: Path) 
     async def grow() -> torch.Tensor:
         scorer = PcmScorer(pcm, expert_fingerprint=pcm.tokenizer.fingerprint)
         rows = [
-            await scorer.head_scores(Context(messages, pieces[:n]), "Be concise.", EXPERTS)
+            (await scorer.judge(Context(messages, pieces[:n]), "Be concise.", EXPERTS)).head_scores
             for n in range(len(pieces) + 1)
         ]
         await scorer.aclose()
@@ -105,7 +105,7 @@ def test_another_tokenizer_reads_the_bytes(nano: Zoo, trained: Path) -> None:
     async def score() -> list[torch.Tensor]:
         scorer = PcmScorer(pcm, expert_fingerprint="another")
         found = [
-            await scorer.head_scores(Context((Message("user", "Hi"),), accents[:n]), "Be brief.", EXPERTS)
+            (await scorer.judge(Context((Message("user", "Hi"),), accents[:n]), "Be brief.", EXPERTS)).head_scores
             for n in range(len(accents) + 1)
         ]
         await scorer.aclose()

@@ -17,16 +17,19 @@ from mope_bb.errors import ConfigError, MopeError
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from mope_bb.training.trainer import StepMetrics, TrainingSetup
+    from mope_bb.training.metrics import StepMetrics
+    from mope_bb.training.trainer import TrainingSetup
 
 SILENCE_S: Final = 30.0
 ABLATIONS: Final = ("shuffled-rewards", "context-free", "no-features")
 
 
 @click.command()
-@click.option("-c", "--config", "config_path", type=click.Path(), help="A mope.toml. Without it: the embedded zoo.")
+@click.argument("run", type=click.Path(), required=False)
+@click.option("-c", "--config", "config_path", type=click.Path(), help="The same as RUN.")
 @click.option("--prompts", type=click.Path(), help="A text file with a prompt a line, or JSONL.")
 @click.option("-o", "--out", type=click.Path(), help="Folder of the run; default runs/DATE-TIME.")
+@click.option("--resume", is_flag=True, help="Go on with the run in --out, if one was begun there; else begin it.")
 @click.option(
     "--merge",
     type=click.Choice(["linear", "geometric", "product"]),
@@ -40,9 +43,11 @@ ABLATIONS: Final = ("shuffled-rewards", "context-free", "no-features")
 @click.option("--zoo-size", default="tiny", show_default=True, help="Without --config.")
 @click.option("--zoo-seed", default=0, show_default=True, help="Without --config.")
 def train(  # noqa: PLR0917  # one parameter per flag
+    run: str | None,
     config_path: str | None,
     prompts: str | None,
     out: str | None,
+    resume: bool,
     merge: str | None,
     max_steps: int | None,
     max_minutes: float | None,
@@ -54,21 +59,27 @@ def train(  # noqa: PLR0917  # one parameter per flag
 ) -> None:
     """Train the Preference Control Model by REBEL from reward-model scores.
 
-    The experts stay as they are; learning itself asks none of them. The run's folder holds metrics.jsonl and
-    checkpoints/last, a Hugging Face folder for `[pcm] path` or `mope-bb chat --pcm`. Ctrl-C saves and ends.
+    RUN is a mope.toml with a [train] table; without it the embedded zoo is used. The experts stay as they are; learning
+    itself asks none of them. The run's folder holds metrics.jsonl, the ledger of all answers and checkpoints/last, a
+    Hugging Face folder for `[pcm] path` or `mope-bb chat --pcm`. Ctrl-C saves and ends; --resume goes on, also after a
+    kill, and asks no finished answer again.
     """
     from mope_bb.cli.zoo_choice import choose_experts, new_folder, use_cores
 
+    if run is not None and config_path is not None:
+        raise click.UsageError("give the configuration once: as RUN or as --config")
     flags = {"prompts": prompts, "max_steps": max_steps, "max_minutes": max_minutes, "seed": seed}
     settings: dict[str, Any] = {name: value for name, value in flags.items() if value is not None}
     check_flags(settings)
     if leave_out:
         settings["preferences"] = {"leave_out": [names.split(",") for names in leave_out]}
-    refuse_used(out)
+    check_folder(out, resume=resume)
     use_cores()
-    experts = choose_experts(config_path, size=zoo_size, seed=zoo_seed, train=settings)
+    experts = choose_experts(run or config_path, size=zoo_size, seed=zoo_seed, train=settings)
     out = out or experts.config.train.output_dir
-    refuse_used(out)
+    check_folder(out, resume=resume)
+    if resume and out is None:
+        raise ConfigError("--resume needs the folder of the run", hint="Pass --out, or set `output_dir` in [train].")
     folder = new_folder(out, "runs")
     with open_setup(experts.config, merge, folder, ablation=ablation, is_zoo=experts.zoo is not None) as setup:
         from mope_bb.training.trainer import Trainer
@@ -76,12 +87,13 @@ def train(  # noqa: PLR0917  # one parameter per flag
         trainer = Trainer(setup)
         with live(setup) as view:
             try:
-                trainer.run(view.show_step, on_answers=view.show_answers)
+                trainer.run(view.show_step, on_answers=view.show_answers, resume=resume)
             except (KeyboardInterrupt, MopeError):
-                if setup.pcm.policy_version:
-                    click.echo(f"\nStopped; what was learned is saved in {trainer.save()}.", err=True)
+                if trainer.num_steps:
+                    where = trainer.checkpoints / "last"
+                    click.echo(f"\nStopped; what was learned is saved in {where}. Go on with --resume.", err=True)
                 raise
-    click.echo(f"Trained {setup.pcm.policy_version} batches; the PCM is in {folder / 'checkpoints' / 'last'}", err=True)
+    click.echo(f"Trained {trainer.num_steps} batches; the PCM is in {folder / 'checkpoints' / 'last'}", err=True)
     click.echo(str(folder / "checkpoints" / "last"))
 
 
@@ -92,10 +104,15 @@ def check_flags(settings: dict[str, Any]) -> None:
     parse_config({"experts": [{"name": "any", "provider": "local"}], "train": settings}, source="the command line")
 
 
-def refuse_used(out: str | None) -> None:
+def check_folder(out: str | None, *, resume: bool) -> None:
     """A run never writes into another's folder. Raises ConfigError."""
-    if out is not None and (Path(out) / "metrics.jsonl").exists():
-        raise ConfigError(f"the folder {out!r} holds a run already", hint="Pass another --out; nothing was changed.")
+    from mope_bb.training.runs import holds_run
+
+    if out is not None and not resume and holds_run(Path(out)):
+        raise ConfigError(
+            f"the folder {out!r} holds a run already",
+            hint="Pass --resume to go on with it, or another --out; nothing was changed.",
+        )
 
 
 @contextmanager
@@ -107,7 +124,6 @@ def open_setup(
     from mope_bb.pcm.bench import ExpertBench
     from mope_bb.pcm.model import build_pcm, load_pcm
     from mope_bb.pcm.plans import configured_rule
-    from mope_bb.rewards.base import References
     from mope_bb.rewards.registry import open_reward_panel
     from mope_bb.training.tasks import load_prompts
     from mope_bb.training.trainer import Ablation, TrainingSetup, reference_expert, served_dimensions
@@ -147,7 +163,6 @@ def open_setup(
                 bench,
                 panel,
                 loaded,
-                References(Path(folder) / "references.jsonl"),
                 Path(folder),
                 Ablation(
                     shuffles_rewards=ablation == "shuffled-rewards",

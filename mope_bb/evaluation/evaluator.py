@@ -12,8 +12,10 @@ from mope_bb.errors import RewardError, TrainingError
 from mope_bb.evaluation.methods import EvalTask, Given, Method
 from mope_bb.evaluation.results import ScoredAnswer
 from mope_bb.pcm.bench import ExpertBench
+from mope_bb.pcm.decode import Plan
+from mope_bb.pcm.mixture import MergeRule
+from mope_bb.pcm.rollouts import FailedRollout, RolloutRequest
 from mope_bb.rewards.base import References, RewardPanel, Scored, scalarise
-from mope_bb.training.trainer import sample_references
 from mope_bb.types import SamplingOptions
 
 TEMPERATURES: Final = (0.3, 0.5, 0.7, 1.0)
@@ -39,20 +41,20 @@ class Evaluator:
     def prepare(self, tasks: Sequence[EvalTask]) -> None:
         """Sample the reference responses that are not there yet. Raises TrainingError for one that fails."""
         rng = random.Random(f"references {self.seed}")
-        prompts = [task.messages for task in tasks]
-        sample_references(
-            prompts,
-            self.references,
-            self.bench.sampler(),
-            expert=self.reference_expert,
-            options=self.options,
-            rng=rng,
+        plan = Plan(
+            MergeRule("linear"), experts=(self.reference_expert,), lambdas=(1.0,), base=None, preference_text=""
         )
-        if missing := [messages for messages in prompts if self.references.get(messages) is None]:
-            raise TrainingError(
-                f"{self.reference_expert!r} gave no reference response to {missing[0][-1].content!r}",
-                hint="Shorten the prompt, or look at the expert's server.",
-            )
+        prompts = dict.fromkeys(task.messages for task in tasks)
+        missing = [messages for messages in prompts if self.references.get(messages) is None]
+        requests = [RolloutRequest(messages, plan, rng.getrandbits(32)) for messages in missing]
+        for found in self.bench.sampler().sample(requests, self.options) if requests else ():
+            if isinstance(found, FailedRollout):
+                raise TrainingError(
+                    f"{self.reference_expert!r} gave no reference response to {found.request.messages[-1].content!r}:"
+                    f" {found.error}",
+                    hint="Shorten the prompt, or look at the expert's server.",
+                )
+            self.references.put(found.request.messages, found.text)
 
     def rate(self, tasks: Sequence[EvalTask], texts: Sequence[str]) -> list[float]:
         """The reward of each answer; -1, below every reward, where it could not be scored."""

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection
+from collections.abc import Collection, Coroutine
+from copy import deepcopy
+from dataclasses import replace
 from types import TracebackType
-from typing import Self
+from typing import Any, Self, TypeVar
+
+from torch import Tensor
 
 from mope_bb.config import Config
 from mope_bb.errors import ConfigError
+from mope_bb.pcm.actors import Actor, LocalActor, PoolActor
 from mope_bb.pcm.gates import Gate
 from mope_bb.pcm.heads import NoHead, PcmRows
 from mope_bb.pcm.local_models import are_local, open_local_models
@@ -18,6 +23,8 @@ from mope_bb.pcm.pool_sampler import PoolSampler
 from mope_bb.pcm.rollouts import Sampler
 from mope_bb.providers.pool import ExpertPool
 
+T = TypeVar("T")
+
 
 class ExpertBench:
     """Local experts answer in step, batch by batch; others through the pool, many answers at once."""
@@ -25,6 +32,7 @@ class ExpertBench:
     def __init__(self, config: Config, names: Collection[str]) -> None:
         """Opens the experts `names` if they are all local; others are opened when they are first asked."""
         chosen = [expert for expert in config.experts if expert.name in names]
+        self._names = tuple(expert.name for expert in chosen)
         self.models = open_local_models(chosen) if are_local(chosen) else {}
         """The local experts by name; empty when some expert is not local."""
         self._pool = ExpertPool(chosen, cache=None)
@@ -41,11 +49,37 @@ class ExpertBench:
             head = NoHead(gate) if pcm is None else PcmRows(pcm, is_context_free=is_context_free)
             return LocalSampler(self.models, head)
         if is_context_free:
-            raise ConfigError(
-                "a context-free PCM needs local experts and their tokenizer",
-                hint="It is an ablation: run it on the embedded zoo, without --config.",
-            )
+            raise _context_free_error()
         return PoolSampler(self._pool, self._runner, pcm, gate=gate)
+
+    def actor(
+        self, pcm: PreferenceControlModel | None = None, *, max_in_flight: int, is_context_free: bool = False
+    ) -> Actor:
+        """An actor on a copy of `pcm`, or on the user's own weights, for code that `run` runs. Raises as `sampler`."""
+        copy = None if pcm is None else replace(pcm, model=deepcopy(pcm.model), feature_weights=_copied(pcm))
+        if self.models and (copy is None or self.reads_expert_ids(copy)):
+            return LocalActor(self.models, copy, is_context_free=is_context_free)
+        if is_context_free:
+            raise _context_free_error()
+        return PoolActor(self._pool, copy, max_in_flight=max_in_flight)
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Await `work` on the experts' own event loop."""
+        return self._runner.run(work)
+
+    @property
+    def num_requests(self) -> int:
+        """How often an endpoint was asked, retries included; 0 for local experts."""
+        return self._pool.num_requests
+
+    async def open(self) -> str:
+        """Open all experts and return the fingerprint of their tokenizer. Raises ProviderError and AlignmentError."""
+        if self.models:
+            return next(iter(self.models.values())).tokenizer.fingerprint
+        await self._pool.open(self._names)
+        fingerprint = self._pool.tokenizer_fingerprint
+        assert fingerprint is not None
+        return fingerprint
 
     def reads_expert_ids(self, pcm: PreferenceControlModel) -> bool:
         """Whether the PCM's tokenizer is that of the experts; known for pool experts once one was asked."""
@@ -66,3 +100,14 @@ class ExpertBench:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _copied(pcm: PreferenceControlModel) -> Tensor:
+    return pcm.feature_weights.detach().clone()
+
+
+def _context_free_error() -> ConfigError:
+    return ConfigError(
+        "a context-free PCM needs local experts and their tokenizer",
+        hint="It is an ablation: run it on the embedded zoo, without --config.",
+    )

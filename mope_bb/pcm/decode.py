@@ -17,7 +17,7 @@ from torch import Tensor
 from mope_bb.pcm.features import expert_features
 from mope_bb.pcm.gates import Gate
 from mope_bb.pcm.mixture import Lists, MergedLists, MergeRule, align, fill_missing, missed_mass
-from mope_bb.pcm.runner import Scorer
+from mope_bb.pcm.runner import Judgement, Scorer
 from mope_bb.pcm.sampling import check_sampling, draw, shape_distribution
 from mope_bb.providers.pool import ExpertPool
 from mope_bb.types import END, Candidates, Context, SamplingOptions, TokenDistribution, TokenStep
@@ -107,8 +107,8 @@ async def decode(
     generator = random.Random(seed)
     await pool.open(plan.asked)
     for _ in range(options.max_tokens):
-        distributions, head_scores = await _both(pool, scorer, plan, context)
-        merged = merge_step(plan, distributions, head_scores, scorer.gate)
+        distributions, judgement = await _both(pool, scorer, plan, context)
+        merged = merge_step(plan, distributions, judgement.head_scores, judgement.gate)
         shaped = shape_distribution(merged.log_pi, temperature=options.temperature, top_p=options.top_p)
         index = draw(shaped, generator.random())
         step = TokenStep(
@@ -121,7 +121,7 @@ async def decode(
             missed_mass=merged.missed_mass,
             floor_mass=merged.floor_mass,
             entropy=float(torch.special.entr(shaped.exp()).sum()),
-            policy_version=scorer.policy_version,
+            policy_version=judgement.policy_version,
         )
         yield step
         if step.piece == END:
@@ -131,9 +131,9 @@ async def decode(
 
 async def _both(
     pool: ExpertPool, scorer: Scorer, plan: Plan, context: Context
-) -> tuple[list[TokenDistribution], Tensor]:
+) -> tuple[list[TokenDistribution], Judgement]:
     """Experts and PCM at the same time; if one fails the other is cancelled and the failure is raised itself."""
-    scoring = asyncio.ensure_future(scorer.head_scores(context, plan.preference_text, plan.experts))
+    scoring = asyncio.ensure_future(scorer.judge(context, plan.preference_text, plan.experts))
     try:
         distributions = await pool.ask(plan.asked, context)
         return distributions, await scoring

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import random
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -27,11 +28,25 @@ from mope_bb.pcm.sampling import draw_rows, shape_distribution
 from mope_bb.types import END, FinishReason, SamplingOptions
 
 
+class SamplingStoppedError(Exception):
+    """The answers were not wanted any more."""
+
+
 class LocalSampler(Sampler):
     """Samples from local experts, at most `batch_size` answers at a time."""
 
-    def __init__(self, models: Mapping[str, LocalModel], head: HeadRows, *, batch_size: int = 192) -> None:
-        """Raises AlignmentError if the models' tokenizers differ."""
+    def __init__(
+        self,
+        models: Mapping[str, LocalModel],
+        head: HeadRows,
+        *,
+        batch_size: int = 192,
+        stop: threading.Event | None = None,
+    ) -> None:
+        """When `stop` is set, `sample` ends within a token by SamplingStoppedError.
+
+        Raises AlignmentError if the models' tokenizers differ.
+        """
         fingerprints = {model.tokenizer.fingerprint for model in models.values()}
         if len(fingerprints) > 1:
             raise AlignmentError(
@@ -41,6 +56,7 @@ class LocalSampler(Sampler):
         self._models = models
         self._head = head
         self._batch_size = batch_size
+        self._stop = stop or threading.Event()
 
     def sample(
         self, requests: Sequence[RolloutRequest], options: SamplingOptions, *, progress: Progress | None = None
@@ -50,7 +66,7 @@ class LocalSampler(Sampler):
         order = sorted(range(len(requests)), key=lambda i: sum(len(m.content) for m in requests[i].messages))
         for first in range(0, len(order), self._batch_size):
             chosen = order[first : first + self._batch_size]
-            batch = _Batch([requests[i] for i in chosen], self._models, self._head, options)
+            batch = _Batch([requests[i] for i in chosen], self._models, self._head, options, self._stop)
             for i, rollout in zip(chosen, batch.run(), strict=True):
                 found[i] = rollout
             if progress is not None:
@@ -67,7 +83,9 @@ class _Batch:
         models: Mapping[str, LocalModel],
         head: HeadRows,
         options: SamplingOptions,
+        stop: threading.Event,
     ) -> None:
+        self._stop = stop
         self._requests = requests
         self._options = options
         self._head = head
@@ -138,6 +156,8 @@ class _Batch:
         ]
         scores = self._head.start([self._requests[i] for i in alive.tolist()], self._names)
         while True:
+            if self._stop.is_set():
+                raise SamplingStoppedError
             step = self._draw(alive, feeds, self._align(alive, feeds, lists), scores)
             self._steps.append(step)
             limits = torch.tensor([self._limits[i] for i in alive.tolist()])
@@ -215,7 +235,7 @@ class _Batch:
             torch.stack([step.logprobs[row] for step, row in steps]),
             torch.stack([step.weights[row][styled] for step, row in steps]),
             torch.stack([step.entropies[row] for step, row in steps]),
-            self._head.policy_version,
+            torch.full((len(ids),), self._head.policy_version),
         )
 
 

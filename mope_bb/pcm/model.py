@@ -9,7 +9,7 @@ starts at zero, so an untrained PCM is exactly the user's own weighted mixture o
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +22,11 @@ from mope_bb.chat_tokenizer import ChatTokenizer, load_chat_tokenizer
 from mope_bb.errors import CheckpointError
 from mope_bb.inference import check_loaded, loading_weights
 from mope_bb.pcm.features import FEATURES
+from mope_bb.preferences import PROMPT_LAYOUT
 
 FORMAT: Final = 1
 HEADS: Final = ("score", "classifier")
 """What transformers calls the last layer of a token classifier."""
-PROMPT_LAYOUT: Final = "chat-1"
-"""The preference's text is the system message, the conversation's own system message follows it."""
 
 
 @dataclass(eq=False)
@@ -70,6 +69,35 @@ class PreferenceControlModel:
             "rule": self.rule,
         }
         (folder / "mope.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+
+@dataclass(frozen=True, eq=False)
+class PolicyWeights:
+    """A copy of all that training changes in a PCM, at one version."""
+
+    tensors: Mapping[str, Tensor]
+    """Parameters by name, on the CPU."""
+    feature_weights: Tensor
+    policy_version: int
+
+    @classmethod
+    def of(cls, pcm: PreferenceControlModel) -> PolicyWeights:
+        """The present weights of `pcm`: of its trainable parameters, of all of them where none is frozen."""
+        tensors = {
+            name: parameter.detach().to("cpu", copy=True)
+            for name, parameter in pcm.model.named_parameters()
+            if parameter.requires_grad
+        }
+        return cls(tensors, pcm.feature_weights.detach().clone(), pcm.policy_version)
+
+    @torch.no_grad()
+    def load_into(self, pcm: PreferenceControlModel) -> None:
+        """Give `pcm` these weights. It is the same model as the one that they come from, or a copy of it."""
+        parameters = dict(pcm.model.named_parameters())
+        for name, tensor in self.tensors.items():
+            parameters[name].copy_(tensor)
+        pcm.feature_weights.copy_(self.feature_weights)
+        pcm.policy_version = self.policy_version
 
 
 def build_pcm(backbone: str, experts: Sequence[str], *, device: torch.device | None = None) -> PreferenceControlModel:

@@ -37,5 +37,18 @@ def build_plan(config: Config, preference: Preference, rule: MergeRule, *, reads
         experts=tuple(lambdas),
         lambdas=tuple(lambdas.values()),
         base=roster.base,
-        preference_text=describe_preference(preference, config.dimension_texts()),
+        preference_text=_text_for_pcm(config, preference),
     )
+
+
+def _text_for_pcm(config: Config, preference: Preference) -> str:
+    """What the weights lambda do not say: a sentence, or the dimensions that no expert serves.
+
+    A PCM that also read what lambda says would learn combinations by heart: with combinations that it was not trained
+    on it then kept 64 % of its gain instead of 86 % (docs/design-notes.md).
+    """
+    if preference.text is not None:
+        return preference.text
+    served = set(config.roster().names())
+    unserved = {name: weight for name, weight in preference.weights.items() if name not in served}
+    return describe_preference(Preference(unserved), config.dimension_texts())

@@ -1,4 +1,4 @@
-"""Rollouts of experts behind any provider: many answers at once, each through `decode`."""
+"""Rollouts of experts behind any provider, for code that does not await."""
 
 from __future__ import annotations
 
@@ -6,23 +6,18 @@ import asyncio
 from collections.abc import Sequence
 from typing import Final
 
-from mope_bb.errors import ConfigError, ContextLengthError, MopeError
-from mope_bb.pcm.decode import decode
-from mope_bb.pcm.gates import Gate, LinearGate
+from mope_bb.pcm.actors import PoolActor
+from mope_bb.pcm.gates import Gate
 from mope_bb.pcm.model import PreferenceControlModel
-from mope_bb.pcm.rollouts import FailedRollout, Progress, Rollout, RolloutRequest, Sampler, rollout_of
-from mope_bb.pcm.runner import PcmScorer, Scorer, UserWeights
+from mope_bb.pcm.rollouts import FailedRollout, Progress, Rollout, RolloutRequest, Sampler
 from mope_bb.providers.pool import ExpertPool
-from mope_bb.types import END, Context, SamplingOptions, TokenStep
+from mope_bb.types import SamplingOptions
 
 MAX_IN_FLIGHT: Final = 16
 
 
 class PoolSampler(Sampler):
-    """Samples through an `ExpertPool`, at most `max_in_flight` answers at a time.
-
-    It runs an event loop of its own, so it is for code that does not await.
-    """
+    """Samples through an `ExpertPool` on an event loop of its own, at most `max_in_flight` answers at a time."""
 
     def __init__(
         self,
@@ -37,7 +32,7 @@ class PoolSampler(Sampler):
         self._pool = pool
         self._runner = runner
         self._pcm = pcm
-        self._gate = gate or LinearGate()
+        self._gate = gate
         self._max_in_flight = max_in_flight
 
     def sample(
@@ -48,48 +43,9 @@ class PoolSampler(Sampler):
     async def _sample(
         self, requests: Sequence[RolloutRequest], options: SamplingOptions, progress: Progress | None
     ) -> list[Rollout | FailedRollout]:
-        # Whatever cannot even be opened concerns every answer, so it is raised.
-        await self._pool.open(tuple(dict.fromkeys(name for request in requests for name in request.plan.asked)))
-        scorer = await self._open_scorer()
-        room = asyncio.Semaphore(self._max_in_flight)
-        num_done = 0
-
-        async def one(request: RolloutRequest) -> Rollout | FailedRollout:
-            nonlocal num_done
-            async with room:
-                found = await self._one(request, scorer, options)
-            num_done += 1
-            if progress is not None:
-                progress(num_done, len(requests))
-            return found
-
+        # A new one each time: what an earlier one has cached belongs to weights that may have changed since.
+        actor = PoolActor(self._pool, self._pcm, gate=self._gate, max_in_flight=self._max_in_flight)
         try:
-            async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(one(request)) for request in requests]
-        except BaseExceptionGroup as error:
-            raise error.exceptions[0] from None
+            return await actor.sample(requests, options, progress=progress)
         finally:
-            await scorer.aclose()
-        return [task.result() for task in tasks]
-
-    async def _one(self, request: RolloutRequest, scorer: Scorer, options: SamplingOptions) -> Rollout | FailedRollout:
-        steps: list[TokenStep] = []
-        context = Context(request.messages)
-        try:
-            async for step in decode(context, request.plan, self._pool, scorer, options, seed=request.seed):
-                steps.append(step)
-        except ConfigError:
-            raise
-        except ContextLengthError as error:
-            # The answer has grown to the end of an expert's context.
-            if not steps:
-                return FailedRollout(request, error)
-        except MopeError as error:
-            return FailedRollout(request, error)
-        return rollout_of(request, steps, "stop" if steps[-1].piece == END else "length")
-
-    async def _open_scorer(self) -> Scorer:
-        """A new one each time: what an earlier one has cached belongs to weights that learning may have changed."""
-        if self._pcm is None:
-            return UserWeights(self._gate)
-        return await asyncio.to_thread(PcmScorer, self._pcm, expert_fingerprint=self._pool.tokenizer_fingerprint)
+            await actor.aclose()

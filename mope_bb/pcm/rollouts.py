@@ -52,7 +52,13 @@ class Rollout:
     """(T, E) of the styled experts, without the base."""
     entropies: Tensor
     """Of the distribution that was drawn from, in nats, (T,)."""
-    policy_version: int
+    policy_versions: Tensor
+    """The version of the policy that drew each piece, (T,)."""
+
+    @property
+    def policy_version(self) -> int:
+        """The oldest of them, from which staleness counts."""
+        return int(self.policy_versions[0])
 
     @cached_property
     def text(self) -> str:
@@ -103,5 +109,5 @@ def rollout_of(request: RolloutRequest, steps: Sequence[TokenStep], finish_reaso
         torch.tensor([step.logprob for step in steps], dtype=torch.float64),
         torch.tensor([step.weights[first:] for step in steps]),
         torch.tensor([step.entropy for step in steps]),
-        steps[-1].policy_version,
+        torch.tensor([step.policy_version for step in steps]),
     )

@@ -7,6 +7,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final
 
@@ -15,25 +16,33 @@ from torch import Tensor
 
 from mope_bb.inference import BatchedModel
 from mope_bb.pcm.gates import Gate, LinearGate
-from mope_bb.pcm.model import PreferenceControlModel
+from mope_bb.pcm.model import PolicyWeights, PreferenceControlModel
 from mope_bb.types import Context, Message, Piece
 
 PROMPTS_KEPT: Final = 64
 _log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class Judgement:
+    """What one policy says about the experts at one step."""
+
+    head_scores: Tensor
+    """head_i(h_t), (E,)."""
+    gate: Gate
+    """From head scores and the experts' features to scores."""
+    policy_version: int
+
+
 class Scorer(ABC):
     """Gives each expert a score; 0 leaves the user's own weight as it is."""
 
-    policy_version: int = 0
     reads_text: bool = False
     """Whether a preference given as a sentence has an effect."""
-    gate: Gate = LinearGate()
-    """From head scores and the experts' features to scores."""
 
     @abstractmethod
-    async def head_scores(self, context: Context, preference_text: str, experts: Sequence[str]) -> Tensor:
-        """head_i(h_t) of `experts`, (E,), after the preference, the conversation and the answer so far."""
+    async def judge(self, context: Context, preference_text: str, experts: Sequence[str]) -> Judgement:
+        """What it says about `experts` after the preference, the conversation and the answer so far."""
 
     async def aclose(self) -> None:  # noqa: B027  # most scorers hold nothing
         """Free memory."""
@@ -43,35 +52,47 @@ class UserWeights(Scorer):
     """No PCM: the head says nothing, so the user's own weights act, or a gate that reads only what the experts say."""
 
     def __init__(self, gate: Gate | None = None) -> None:
-        self.gate = gate or LinearGate()
+        self._gate = gate or LinearGate()
 
-    async def head_scores(self, context: Context, preference_text: str, experts: Sequence[str]) -> Tensor:
-        return torch.zeros(len(experts))
+    async def judge(self, context: Context, preference_text: str, experts: Sequence[str]) -> Judgement:
+        return Judgement(torch.zeros(len(experts)), self._gate, policy_version=0)
 
 
 class PcmScorer(Scorer):
     """A PCM with one KV cache per open answer; the answers of many tasks share its forwards."""
 
-    def __init__(self, pcm: PreferenceControlModel, *, expert_fingerprint: str | None) -> None:
-        """`expert_fingerprint` is that of the experts' tokenizer: if it is the PCM's own, ids are taken as they are."""
-        self.policy_version = pcm.policy_version
+    def __init__(
+        self, pcm: PreferenceControlModel, *, expert_fingerprint: str | None, max_open_answers: int = 16
+    ) -> None:
+        """`expert_fingerprint` is that of the experts' tokenizer: if it is the PCM's own, ids are taken as they are.
+
+        More than `max_open_answers` at a time are served too, but are read again and again from their beginning.
+        """
         self.reads_text = pcm.is_trained
-        # Sampling builds no graph, even where the PCM is being trained.
-        self.gate = LinearGate(pcm.feature_weights.detach())
         self._pcm = pcm
         self._row_of = {name: row for row, name in enumerate(pcm.experts)}
-        self._runner = BatchedModel(pcm.model, name="pcm", is_lm=False)
+        self._runner = BatchedModel(pcm.model, name="pcm", num_slots=max_open_answers, is_lm=False, mark=_policy(pcm))
         self._same_ids = expert_fingerprint == pcm.tokenizer.fingerprint
+        self._max_prompts = max(PROMPTS_KEPT, max_open_answers)
         self._prompts: OrderedDict[tuple[str, tuple[Message, ...]], tuple[int, ...]] = OrderedDict()
         self._warned: set[str] = set()
         self._encode_text = lru_cache(maxsize=65536)(pcm.tokenizer.encode_text)
 
-    async def head_scores(self, context: Context, preference_text: str, experts: Sequence[str]) -> Tensor:
+    async def judge(self, context: Context, preference_text: str, experts: Sequence[str]) -> Judgement:
         ids = (*self._prompt_ids(preference_text, context.messages), *self._response_ids(context.response))
         limit = self._runner.max_length
         # Beyond its context the PCM reads the end of the text; a weight is better than an error here.
-        row = await self._runner.last_row(ids if limit is None else ids[-limit:])
-        return torch.stack([self._score(row, name) for name in experts])
+        row, (gate, version) = await self._runner.marked_row(ids if limit is None else ids[-limit:])
+        return Judgement(torch.stack([self._score(row, name) for name in experts]), gate, version)
+
+    async def load(self, weights: PolicyWeights) -> None:
+        """Go on with other weights, also within answers; each step tells the version that acted."""
+
+        def replace() -> tuple[Gate, int]:
+            weights.load_into(self._pcm)
+            return _policy(self._pcm)
+
+        await self._runner.swap(replace)
 
     def _score(self, row: Tensor, name: str) -> Tensor:
         index = self._row_of.get(name)
@@ -86,7 +107,7 @@ class PcmScorer(Scorer):
         key = (preference_text, messages)
         if key not in self._prompts:
             self._prompts[key] = self._pcm.tokenizer.encode_chat(build_pcm_messages(preference_text, messages))
-            if len(self._prompts) > PROMPTS_KEPT:
+            if len(self._prompts) > self._max_prompts:
                 self._prompts.popitem(last=False)
         return self._prompts[key]
 
@@ -99,11 +120,17 @@ class PcmScorer(Scorer):
         await asyncio.to_thread(self._runner.close)
 
 
+def _policy(pcm: PreferenceControlModel) -> tuple[Gate, int]:
+    # Sampling builds no graph, even where the PCM is being trained.
+    return LinearGate(pcm.feature_weights.detach().clone()), pcm.policy_version
+
+
 def build_pcm_messages(preference_text: str, messages: Sequence[Message]) -> tuple[Message, ...]:
-    """The conversation as the PCM reads it: prompt layout "chat-1"."""
+    """The conversation as the PCM reads it: prompt layout "chat-2"."""
     own = [message.content for message in messages if message.role == "system"]
     rest = [message for message in messages if message.role != "system"]
-    return (Message("system", "\n\n".join([preference_text, *own])), *rest)
+    system = "\n\n".join(text for text in (preference_text, *own) if text)
+    return (Message("system", system), *rest) if system else tuple(rest)
 
 
 def response_ids(pcm: PreferenceControlModel, response: Sequence[Piece], *, same_ids: bool) -> list[list[int]]:

@@ -50,6 +50,11 @@ class Expert(ABC):
     async def fingerprint(self) -> str:
         """Identifies the tokenizer: only experts with equal fingerprints can be merged."""
 
+    @property
+    def num_requests(self) -> int:
+        """How often the endpoint was asked, retries included; 0 for a model in this process."""
+        return 0
+
     @abstractmethod
     async def aclose(self) -> None:
         """Free connections and memory."""

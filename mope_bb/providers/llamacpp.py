@@ -222,6 +222,10 @@ class LlamaCppExpert(IdExpert):
     async def identity(self) -> tuple[str, ...]:
         return self._identity
 
+    @property
+    def num_requests(self) -> int:
+        return self._client.num_requests
+
     async def aclose(self) -> None:
         await self._client.aclose()
 

@@ -51,6 +51,11 @@ class ExpertPool:
         """The tokenizer that the experts in use share; None before the first is open."""
         return None if self._fingerprint is None else self._fingerprint[1]
 
+    @property
+    def num_requests(self) -> int:
+        """How often their endpoints were asked, retries included."""
+        return sum(expert.num_requests for expert in self._experts.values())
+
     async def ask(self, names: Sequence[str], context: Context) -> list[TokenDistribution]:
         """The next-token distributions of `names`, in that order. A failure cancels the others and is raised."""
         found = await _gather(

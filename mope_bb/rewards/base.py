@@ -124,6 +124,19 @@ class RewardPanel:
             found = {name: self._ask(name, rows) for name in self._models}
         return [_scored(answer, reference, names, found) for answer, reference, names in rows]
 
+    def reference_scores(self, prompt: Sequence[Message], reference: str) -> dict[str, float]:
+        """What is known by now of a reference answer: dimension -> raw score."""
+        conversation = _answered(prompt, reference)
+        with self._lock:
+            found = {name: self._references.get((name, conversation)) for name in self._models}
+        return {name: score for name, score in found.items() if score is not None}
+
+    def keep_reference_scores(self, prompt: Sequence[Message], reference: str, scores: Mapping[str, float]) -> None:
+        """Take over what another panel of the same models said of a reference answer."""
+        conversation = _answered(prompt, reference)
+        with self._lock:
+            self._references |= {(name, conversation): score for name, score in scores.items()}
+
     def close(self) -> None:
         """Close all models."""
         with self._lock:

@@ -1,39 +1,111 @@
-"""Checkpoints: PCM folders that appear whole or not at all."""
+"""Checkpoints: PCM folders that appear whole or not at all, with what a resumed run needs beside the weights.
+
+    checkpoints/step-40/       a Hugging Face folder with mope.json; plain transformers loads it
+    checkpoints/step-40/trainer.safetensors, trainer.json
+    checkpoints/last           a link to the newest whole one
+
+A checkpoint is written under another name, synced to the disk, renamed, and only then linked to: a kill or a full disk
+at any moment leaves `last` pointing at a whole one.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Final
 
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from mope_bb.errors import TrainingError
+from mope_bb.errors import CheckpointError, TrainingError
 from mope_bb.pcm.model import PreferenceControlModel
 
+LAST: Final = "last"
 
-def save_checkpoint(pcm: PreferenceControlModel, folder: Path, name: str) -> Path:
-    """Write `pcm` as `folder/name`, replacing an older one only when the new one is complete. Raises TrainingError."""
+
+@dataclass(frozen=True, eq=False)
+class TrainerState:
+    """What a run needs beside the PCM to go on as if nothing had happened."""
+
+    tensors: Mapping[str, Tensor]
+    facts: Mapping[str, Any]
+    """Numbers and names, as JSON holds them."""
+
+
+def save_checkpoint(
+    pcm: PreferenceControlModel, folder: Path, *, step: int, state: TrainerState | None = None, num_kept: int = 1
+) -> Path:
+    """Write `pcm` (and `state`) as `folder/step-N`, let `folder/last` point to it, and return `folder/last`.
+
+    The newest `num_kept` stay. Raises TrainingError; the older ones are then as they were.
+    """
+    name = f"step-{step}"
     target, temporary = folder / name, folder / f".{name}.tmp"
-    try:
+    with _explained(target):
         folder.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         pcm.save(temporary)
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                _sync(file)
+        if state is not None:
+            save_file(dict(state.tensors), temporary / "trainer.safetensors")
+            (temporary / "trainer.json").write_text(json.dumps(state.facts, indent=1) + "\n", encoding="utf-8")
+        for file in (*temporary.rglob("*"), temporary):
+            _sync(file)
+        # There is one of this step already where a run was resumed from an earlier one.
         old = folder / f".{name}.old"
         shutil.rmtree(old, ignore_errors=True)
         if target.exists():
             target.replace(old)
         temporary.replace(target)
-        shutil.rmtree(old, ignore_errors=True)
+        _link(folder, name)
+    _remove_older(folder, num_kept)
+    return folder / LAST
+
+
+def load_state(checkpoint: Path) -> TrainerState:
+    """What `save_checkpoint` wrote beside the PCM. Raises CheckpointError."""
+    try:
+        facts = json.loads((checkpoint / "trainer.json").read_text(encoding="utf-8"))
+        return TrainerState(load_file(checkpoint / "trainer.safetensors"), facts)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(
+            f"the run cannot go on from {str(checkpoint)!r}: {error}",
+            hint="Start a new run with this folder as `path` in [pcm]: the weights themselves may be whole.",
+        ) from None
+
+
+def _link(folder: Path, name: str) -> None:
+    new = folder / f".{LAST}.new"
+    new.unlink(missing_ok=True)
+    new.symlink_to(name, target_is_directory=True)
+    new.replace(folder / LAST)
+    _sync(folder)
+
+
+def _remove_older(folder: Path, num_kept: int) -> None:
+    """Older checkpoints, and what killed processes left half written."""
+    steps = sorted(folder.glob("step-*"), key=lambda path: path.stat().st_mtime_ns)
+    kept = {*steps[-num_kept:], (folder / LAST).resolve()}
+    for path in (*(path for path in steps if path not in kept), *folder.glob(".step-*")):
+        # What cannot be removed costs room, nothing else.
+        with suppress(OSError):
+            shutil.rmtree(path)
+
+
+@contextmanager
+def _explained(target: Path) -> Iterator[None]:
+    try:
+        yield
     except (OSError, SafetensorError) as error:
         raise TrainingError(
             f"the checkpoint {str(target)!r} cannot be written: {error}", hint="Is there room on the disk?"
         ) from None
-    return target
 
 
 def _sync(file: Path) -> None:

@@ -7,7 +7,7 @@ the rule needs it), C candidates, L PCM ids.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -179,6 +179,24 @@ class Learner:
         self._optimizer = torch.optim.AdamW(
             groups, lr=options.learning_rate, betas=options.adam_betas, weight_decay=options.weight_decay
         )
+
+    def state(self) -> dict[str, Tensor]:
+        """What the optimiser remembers of each parameter, by the parameter's number and what it is."""
+        return {
+            f"{number}.{key}": value.detach().to("cpu", copy=True)
+            for number, parameter in enumerate(self._parameters)
+            for key, value in self._optimizer.state[parameter].items()
+        }
+
+    def load_state(self, state: Mapping[str, Tensor], *, num_steps: int) -> None:
+        """Go on after `num_steps` batches with what `state` gave then."""
+        for name, value in state.items():
+            number, key = name.split(".", 1)
+            parameter = self._parameters[int(number)]
+            # AdamW counts its steps on the CPU whatever the device.
+            device = value.device if key == "step" else parameter.device
+            self._optimizer.state[parameter][key] = value.to(device, copy=True)
+        self._num_steps = num_steps
 
     def _set_rate(self, share_done: float) -> float:
         """Set the learning rates for the next batch; return the backbone's."""

@@ -12,6 +12,10 @@ from typing import Any, Final
 
 from mope_bb.config import Config, PreferenceMixConfig
 from mope_bb.errors import ConfigError
+from mope_bb.pcm.decode import Plan
+from mope_bb.pcm.mixture import MergeRule
+from mope_bb.pcm.plans import build_plan
+from mope_bb.pcm.rollouts import RolloutRequest
 from mope_bb.preferences import Preference
 from mope_bb.types import Message
 
@@ -91,6 +95,41 @@ class StyleSource:
         if form == "sentences":
             return WantedStyle(sentence_for(names, self._texts, rng), even.weights)
         return WantedStyle(even, even.weights)
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One prompt with one preference, to be answered twice."""
+
+    pair_id: int
+    messages: tuple[Message, ...]
+    style: WantedStyle
+    plan: Plan
+    seeds: tuple[int, int]
+    """Of the two answers."""
+
+    @property
+    def requests(self) -> tuple[RolloutRequest, RolloutRequest]:
+        """The two answers to be sampled."""
+        first, second = self.seeds
+        return RolloutRequest(self.messages, self.plan, first), RolloutRequest(self.messages, self.plan, second)
+
+
+class TaskSource:
+    """The tasks of a run: each a function of the run's seed and the pair's number, whenever it is asked for."""
+
+    def __init__(self, config: Config, rule: MergeRule, prompts: Sequence[tuple[Message, ...]], styles: StyleSource):
+        self._config = config
+        self._rule = rule
+        self._prompts = prompts
+        self._styles = styles
+
+    def task(self, pair_id: int) -> Task:
+        """Task number `pair_id`, from 0."""
+        rng = random.Random(f"{self._config.train.seed} pair {pair_id}")
+        style = self._styles.draw(rng)
+        plan = build_plan(self._config, style.preference, self._rule, reads_text=True)
+        return Task(pair_id, rng.choice(self._prompts), style, plan, (rng.getrandbits(32), rng.getrandbits(32)))
 
 
 def sentence_for(names: Collection[str], wordings: Mapping[str, Sequence[str]], rng: random.Random) -> Preference:

@@ -1,74 +1,67 @@
-"""The training loop, synchronous and in one place: draw, sample, score, learn, save.
+"""The training loop: pairs are sampled, scored and learned from, all at once; nothing finished is ever lost.
 
-prompts, preferences -> two rollouts each -> rewards against the reference response -> REBEL on the PCM -> checkpoint
+    tasks -> (admission) -> two rollouts each, reference answer, rewards -> ledger
+                                  |                                           |
+                     actor: a copy of the PCM  <-- weights, version + 1 --  learner: REBEL, checkpoint
+
+One coroutine owns all state: it begins what may begin, waits until anything ends, and looks again. So there are no
+queues to fill up, one wait with one deadline, and one place that knows what a stalled run is waiting for.
+
+Deterministic mode samples batch t in one piece, with the weights of version t - max_staleness exactly; otherwise pairs
+begin when there is room and take the newest weights there are.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
-import math
+import logging
 import random
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Final
-
-import torch
+from typing import Final
 
 from mope_bb.config import Config, TrainConfig
-from mope_bb.errors import AllRolloutsFailedError, ConfigError, ContextLengthError, MopeError, RewardError
+from mope_bb.errors import (
+    AllRolloutsFailedError,
+    ConfigError,
+    ContextLengthError,
+    MopeError,
+    StalledError,
+    TrainingError,
+)
+from mope_bb.pcm.actors import Actor
 from mope_bb.pcm.bench import ExpertBench
-from mope_bb.pcm.decode import Plan
 from mope_bb.pcm.heads import pcm_room
 from mope_bb.pcm.mixture import MergeRule
-from mope_bb.pcm.model import PreferenceControlModel
-from mope_bb.pcm.plans import build_plan
-from mope_bb.pcm.rollouts import FailedRollout, Progress, Rollout, RolloutRequest, Sampler
+from mope_bb.pcm.model import PolicyWeights, PreferenceControlModel
+from mope_bb.pcm.rollouts import FailedRollout, Progress, Rollout, RolloutRequest
 from mope_bb.pcm.runner import response_ids
-from mope_bb.rewards.base import References, RewardPanel, scalarise
-from mope_bb.training.checkpoints import save_checkpoint
-from mope_bb.training.learner import Learner, LearnerOptions, LearnerReport, Pair
+from mope_bb.rewards.base import RewardPanel
+from mope_bb.threads import in_thread
+from mope_bb.training.admission import Staleness
+from mope_bb.training.checkpoints import LAST, TrainerState, load_state, save_checkpoint
+from mope_bb.training.learner import Learner, LearnerOptions, Pair
+from mope_bb.training.ledger import Dispatch, Ended, Ledger
 from mope_bb.training.lora import add_lora
+from mope_bb.training.metrics import Course, StepMetrics, measure_step, row_of
 from mope_bb.training.rebel import choose_eta
-from mope_bb.training.tasks import StyleSource, WantedStyle
+from mope_bb.training.records import decode_rollout, encode_rollout
+from mope_bb.training.runs import check_same_run, describe_run, holds_run, write_run_file
+from mope_bb.training.scoring import ReferenceDesk, prompt_key, score_pairs
+from mope_bb.training.tasks import StyleSource, Task, TaskSource
 from mope_bb.types import Message, SamplingOptions
 
 Prompts = Sequence[tuple[Message, ...]]
 PRODUCT_DEFAULTS: Final = {"learning_rate": 1e-3, "target_log_ratio": 2.0}
 OTHER_DEFAULTS: Final = {"learning_rate": 3e-3, "target_log_ratio": 5.0}
 FEATURE_RATE: Final = 50.0
-
-
-@dataclass(frozen=True, slots=True)
-class StepMetrics:
-    """One row of metrics.jsonl."""
-
-    step: int
-    reward: float
-    """Mean over the rollouts of the batch, each the weighted mean of its win probabilities."""
-    reward_sem: float
-    """Standard error of that mean."""
-    loss: float
-    grad_norm: float
-    learning_rate: float
-    sign_align: float
-    approx_kl: float
-    effective_samples: float
-    eta: float
-    weights_entropy: float
-    """Mean over the tokens of the entropy of the experts' weights, normalised to sum 1, in nats."""
-    num_tokens: float
-    """Mean length of an answer."""
-    num_pairs: int
-    num_dropped: int
-    """Pairs lost to a failed rollout or score."""
-    num_identical: int
-    """Pairs of equal answers, which teach nothing."""
-    length_bias: float
-    """Correlation between the pairs' differences of reward and of length; NaN where there is none."""
-    seconds: float
-    """Since the run began."""
+METRICS: Final = "metrics.jsonl"
+LEARNER_ENDS_WITHIN_S: Final = 120.0
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,49 +86,98 @@ class TrainingSetup:
     bench: ExpertBench
     panel: RewardPanel
     prompts: Prompts
-    references: References
     output_dir: Path
     ablation: Ablation = field(default_factory=Ablation)
 
 
-@dataclass(frozen=True, slots=True)
-class _Task:
-    """One prompt with one preference."""
+@dataclass(eq=False)
+class _Group:
+    """Pairs that are sampled and scored together."""
 
-    messages: tuple[Message, ...]
-    style: WantedStyle
-    plan: Plan
+    tasks: tuple[Task, ...]
+    version: int
+    """Of the policy that begins them, counted in the run's own steps."""
+    stage: str = "answers"
+    """What it waits for."""
+
+    def __str__(self) -> str:
+        first, last = self.tasks[0].pair_id, self.tasks[-1].pair_id
+        pairs = f"pair {first}" if first == last else f"pairs {first} to {last}"
+        return f"the {self.stage} of {pairs}"
+
+
+@dataclass(frozen=True, eq=False)
+class _Waiting:
+    """A pair that has ended and waits for its batch."""
+
+    version: int
+    """Of the policy that began it."""
+    result: Pair | MopeError
 
 
 class Trainer:
-    """Trains a PCM. `run` may be ended by an exception (Ctrl-C): what was learned until then can be saved."""
+    """Trains a PCM. `run` saves what was learned however it ends, by an error or by Ctrl-C."""
 
     def __init__(self, setup: TrainingSetup) -> None:
         """Raises ConfigError for what cannot be trained."""
         self._setup = setup
         self._options: TrainConfig = setup.config.train
-        dimensions = served_dimensions(setup.config)
-        self._styles = StyleSource(setup.config, dimensions, self._options.preferences)
-        self._sampling = SamplingOptions(max_tokens=self._options.max_tokens)
-        if setup.ablation.is_context_free:
-            self._sampler: Sampler = setup.bench.sampler(setup.pcm, is_context_free=True)
-        else:
-            self._sampler = setup.bench.sampler(setup.pcm)
-        self._reference_sampler = setup.bench.sampler()
+        options = self._options
+        styles = StyleSource(setup.config, served_dimensions(setup.config), options.preferences)
+        self._source = TaskSource(setup.config, setup.rule, setup.prompts, styles)
+        self._sampling = SamplingOptions(max_tokens=options.max_tokens)
         self._reference = reference_expert(setup.config)
-        self._learner: Learner | None = None
-        self._eta_differences: list[float] = []
-        self._window: list[list[Pair]] = []
-        self._started = time.monotonic()
-        self._num_steps = 0
-        self._on_answers: Progress | None = None
+        self._staleness = Staleness(options.max_staleness, options.batch_size)
+        is_local = bool(setup.bench.models)
+        self._is_deterministic = is_local if options.deterministic is None else options.deterministic
+        if self._is_deterministic and not is_local:
+            raise ConfigError(
+                "`deterministic` needs `local` experts, and some expert is not",
+                hint="Endpoints answer in no fixed order and with noise; leave it out.",
+            )
+        if options.window > options.max_staleness + 1:
+            raise ConfigError(
+                f"`window` is {options.window}, but pairs older than `max_staleness` = {options.max_staleness} versions"
+                " are not learned from again",
+                hint=f"Set `max_staleness` to {options.window - 1} or more.",
+            )
         setup.pcm.rule = setup.rule.name
-        if self._options.lora_rank:
+        if options.lora_rank:
             # The backbone stays in bfloat16 on a GPU; peft keeps the adapter in float32.
-            add_lora(setup.pcm, rank=self._options.lora_rank)
+            add_lora(setup.pcm, rank=options.lora_rank)
         else:
             # AdamW's small steps would be rounded away in bfloat16.
             setup.pcm.model.float()
+        self._first_version = setup.pcm.policy_version
+        self._num_steps = 0
+        self._learner: Learner | None = None
+        self._window: list[list[tuple[int, Pair]]] = []
+        self._snapshots: dict[int, PolicyWeights] = {}
+        self._waiting: dict[int, _Waiting] = {}
+        self._backlog: list[int] = []
+        self._num_dispatched = 0
+        self._num_ended = 0
+        self._running: dict[asyncio.Task[None], _Group] = {}
+        self._learning: asyncio.Task[None] | None = None
+        self._started = time.monotonic()
+        self._idle_since: dict[str, float] = {}
+        self._idle_s = {"learner": 0.0, "rollouts": 0.0}
+        self._num_requests = 0
+        self._num_answers = 0
+        self._unfinished: frozenset[int] = frozenset()
+        self._is_torn = False
+        self._on_step: Callable[[StepMetrics, float], None] | None = None
+        self._on_answers: Progress | None = None
+
+    @property
+    def num_steps(self) -> int:
+        """Batches learned from, those of earlier processes among them."""
+        return self._num_steps
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of the checkpoints."""
+        return self._setup.output_dir / "checkpoints"
 
     @property
     def share_done(self) -> float:
@@ -145,62 +187,174 @@ class Trainer:
         return by_steps if limit is None else max(by_steps, (time.monotonic() - self._started) / (60 * limit))
 
     def run(
-        self, on_step: Callable[[StepMetrics, float], None] | None = None, *, on_answers: Progress | None = None
+        self,
+        on_step: Callable[[StepMetrics, float], None] | None = None,
+        *,
+        on_answers: Progress | None = None,
+        resume: bool = False,
     ) -> None:
-        """Train to the end.
+        """Train to the end, from where the run in `output_dir` stands if `resume` and there is one.
 
         `on_step` is told each row of metrics and the share that is done; `on_answers`, while a batch is sampled, how
-        many of its answers there are, of how many. Raises TrainingError, ProviderError, RewardError and ConfigError. A
-        checkpoint is written at the end.
+        many of its answers there are, of how many. Raises TrainingError, ProviderError, RewardError and ConfigError.
         """
-        self._on_answers = on_answers
-        self._setup.output_dir.mkdir(parents=True, exist_ok=True)
-        self._started = time.monotonic()
-        while self.share_done < 1.0:
-            metrics = self._step()
-            if self._num_steps == 1:
-                # Not before: a first batch that fails leaves what an earlier run wrote as it is.
-                self._write_run_file()
-            with (self._setup.output_dir / "metrics.jsonl").open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(row_of(metrics), allow_nan=False) + "\n")
-            if on_step is not None:
-                on_step(metrics, self.share_done)
-        self.save()
+        self._on_step, self._on_answers = on_step, on_answers
+        self._setup.bench.run(self._run(resume=resume))
 
-    def save(self) -> Path:
-        """Write the checkpoint `last` and return its folder."""
-        return save_checkpoint(self._setup.pcm, self._setup.output_dir / "checkpoints", "last")
+    async def _run(self, *, resume: bool) -> None:
+        setup, options = self._setup, self._options
+        self._tokenizer = await setup.bench.open()
+        with Ledger(setup.output_dir) as self._ledger:
+            self._begin_run(resume=resume)
+            self._actor = setup.bench.actor(
+                setup.pcm,
+                max_in_flight=options.max_in_flight,
+                is_context_free=setup.ablation.is_context_free,
+            )
+            plain = setup.bench.actor(max_in_flight=options.max_in_flight)
+            self._references = ReferenceDesk(self._ledger, plain, expert=self._reference, seed=options.seed)
+            self._mark_idle("learner", "rollouts")
+            try:
+                while self.share_done < 1.0:
+                    self._begin_pairs()
+                    self._begin_step()
+                    await self._wait()
+            except BaseException:
+                await self._stop(self._actor, plain)
+                if self._num_steps and not self._is_torn:
+                    # What stopped the run is what is told; the last checkpoint and the ledger hold the rest.
+                    with suppress(TrainingError):
+                        self._save()
+                raise
+            await self._stop(self._actor, plain)
+            self._save()
 
-    def _step(self) -> StepMetrics:
-        seed = f"{self._options.seed} {self._num_steps}"
-        rng = random.Random(seed)
-        tasks = [self._draw_task(rng) for _ in range(self._options.batch_size)]
-        failure = self._sample_references(tasks, rng)
-        rollouts = self._sample(tasks, rng)
-        pairs, dropped = self._score(tasks, rollouts, failure)
-        if self._setup.ablation.shuffles_rewards:
-            pairs = shuffle_rewards(pairs, rng)
-        learner = self._open_learner(pairs)
-        self._window = [*self._window, pairs][-self._options.window :]
-        report = learner.step(
-            [pair for batch in self._window for pair in batch],
-            seed=rng.randrange(2**31),
-            share_done=min(self.share_done, 1.0),
+    def _begin_run(self, *, resume: bool) -> None:
+        """Take up the run of the folder, or begin a new one."""
+        setup = self._setup
+        document = describe_run(
+            setup.config,
+            rule=setup.rule.name,
+            reference=self._reference,
+            ablation=asdict(setup.ablation),
+            prompts=setup.prompts,
+        ) | {"tokenizer": self._tokenizer}
+        if resume and holds_run(setup.output_dir):
+            check_same_run(setup.output_dir, document)
+            self._restore()
+        else:
+            write_run_file(setup.output_dir, document)
+            self._started = time.monotonic()
+        self._snapshots[self._num_steps] = PolicyWeights.of(setup.pcm)
+
+    # ------------------------------------------------------------------ pairs
+
+    def _begin_pairs(self) -> None:
+        while (group := self._next_group()) is not None:
+            self._ledger.dispatch(
+                [
+                    Dispatch(task.pair_id, group.version, task.style.label, prompt_key(task.messages))
+                    for task in group.tasks
+                ]
+            )
+            self._count_idle("rollouts")
+            self._running[asyncio.create_task(self._make_pairs(group))] = group
+
+    def _next_group(self) -> _Group | None:
+        """What may begin now."""
+        options = self._options
+        num_running = sum(len(group.tasks) for group in self._running.values())
+        if self._actor.samples_in_step:
+            size = 0 if self._running else options.batch_size
+        else:
+            size = 1 if 2 * num_running < options.max_in_flight else 0
+        room = self._staleness.room(version=self._num_steps, num_ended=self._num_ended, num_running=num_running)
+        if size == 0 or room < size:
+            return None
+        fresh = range(self._num_dispatched, options.max_steps * options.batch_size)
+        ids = [*self._backlog, *fresh[:size]][:size]
+        if not ids:
+            return None
+        self._backlog = self._backlog[size:]
+        self._num_dispatched = max(self._num_dispatched, ids[-1] + 1)
+        version = self._num_steps
+        if self._is_deterministic:
+            version = max(0, ids[0] // options.batch_size - options.max_staleness)
+        return _Group(tuple(map(self._source.task, ids)), version)
+
+    async def _make_pairs(self, group: _Group) -> None:
+        """Sample, score and record the pairs of a group."""
+        answers = await self._sample(group)
+        group.stage = "reference answers"
+        await self._references.fetch([task.messages for task in group.tasks], self._sampling)
+        group.stage = "rewards"
+        both = [(answers[task.pair_id, 0], answers[task.pair_id, 1]) for task in group.tasks]
+        references = [self._references.reference(task.messages) for task in group.tasks]
+        scored = await in_thread(lambda: score_pairs(self._setup.panel, group.tasks, both, references), name="rewards")
+        ended = []
+        for task, pair, result in zip(group.tasks, both, scored.results, strict=True):
+            begun = [one.policy_version - self._first_version for one in pair if isinstance(one, Rollout)]
+            waiting = _Waiting(min([group.version, *begun]), result)
+            self._waiting[task.pair_id] = waiting
+            rewards, error = (None, str(result)) if isinstance(result, MopeError) else (result.rewards, None)
+            ended.append(Ended(task.pair_id, waiting.version, rewards, error))
+        self._ledger.end(ended, scored.reference_scores)
+        self._num_ended += len(ended)
+
+    async def _sample(self, group: _Group) -> dict[tuple[int, int], Rollout | FailedRollout]:
+        """The answers of a group by pair and place, without those that an earlier process has sampled."""
+        found: dict[tuple[int, int], Rollout | FailedRollout] = {}
+        for task in group.tasks:
+            if task.pair_id in self._unfinished:
+                for place, data in self._ledger.rollouts(task.pair_id).items():
+                    found[task.pair_id, place] = decode_rollout(data, task.requests[place])
+        # The first answers of all, then the second ones.
+        missing = {
+            (task.pair_id, place): task.requests[place]
+            for place in (0, 1)
+            for task in group.tasks
+            if (task.pair_id, place) not in found
+        }
+        if not missing:
+            return found
+        if self._is_deterministic:
+            await self._actor.load(self._snapshots[group.version])
+        bundles = [missing] if self._actor.samples_in_step else [{key: one} for key, one in missing.items()]
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                sampled = [tasks.create_task(self._sample_bundle(bundle)) for bundle in bundles]
+        except BaseExceptionGroup as error:
+            raise error.exceptions[0] from None
+        for task_of_bundle in sampled:
+            found |= task_of_bundle.result()
+        return found
+
+    async def _sample_bundle(
+        self, requests: dict[tuple[int, int], RolloutRequest]
+    ) -> dict[tuple[int, int], Rollout | FailedRollout]:
+        """Sample answers that begin together and record those that succeed."""
+        in_step, limit = self._actor.samples_in_step, self._options.rollout_timeout_s
+        try:
+            async with asyncio.timeout(None if in_step else limit):
+                sampled = await self._actor.sample(
+                    list(requests.values()), self._sampling, progress=self._on_answers if in_step else None
+                )
+        except TimeoutError:
+            error = TrainingError(f"the answer was not whole after {limit:g} s (`rollout_timeout_s`)")
+            sampled = [FailedRollout(request, error) for request in requests.values()]
+        found = {key: self._readable(one) for key, one in zip(requests, sampled, strict=True)}
+        self._ledger.add_rollouts(
+            [
+                (pair_id, place, one.text, len(one), encode_rollout(one))
+                for (pair_id, place), one in found.items()
+                if isinstance(one, Rollout)
+            ]
         )
-        self._num_steps += 1
-        return self._metrics(pairs, dropped, report, learner.eta)
-
-    def _draw_task(self, rng: random.Random) -> _Task:
-        style = self._styles.draw(rng)
-        plan = build_plan(self._setup.config, style.preference, self._setup.rule, reads_text=True)
-        return _Task(rng.choice(self._setup.prompts), style, plan)
-
-    def _sample(self, tasks: Sequence[_Task], rng: random.Random) -> list[tuple[Rollout | FailedRollout, ...]]:
-        """Two rollouts of each task: the first ones, then the second ones."""
-        requests = [RolloutRequest(task.messages, task.plan, rng.getrandbits(32)) for _ in range(2) for task in tasks]
-        sampled = self._sampler.sample(requests, self._sampling, progress=self._on_answers)
-        found = [self._readable(one) for one in sampled]
-        return [tuple(found[: len(tasks)]), tuple(found[len(tasks) :])]
+        if not in_step:
+            self._num_answers += len(found)
+            if self._on_answers is not None:
+                self._on_answers(max(0, self._num_answers), 2 * self._options.batch_size)
+        return found
 
     def _readable(self, found: Rollout | FailedRollout) -> Rollout | FailedRollout:
         """A failure for an answer that has outgrown the PCM's context: what acted there cannot be recomputed."""
@@ -216,129 +370,253 @@ class Trainer:
             return FailedRollout(request, error)
         return FailedRollout(request, ContextLengthError(f"the answer's {num_ids} tokens do not fit the PCM's context"))
 
-    def _sample_references(self, tasks: Sequence[_Task], rng: random.Random) -> MopeError | None:
-        return sample_references(
-            (task.messages for task in tasks),
-            self._setup.references,
-            self._reference_sampler,
-            expert=self._reference,
-            options=self._sampling,
-            rng=rng,
-        )
+    # ---------------------------------------------------------------- batches
 
-    def _score(
-        self,
-        tasks: Sequence[_Task],
-        rollouts: Sequence[Sequence[Rollout | FailedRollout]],
-        error: MopeError | None,
-    ) -> tuple[list[Pair], int]:
-        """The pairs that could be sampled and scored, and how many could not.
+    def _begin_step(self) -> None:
+        ids = None if self._learning is not None else self._choose_batch()
+        if ids is not None:
+            batch = [self._waiting.pop(pair_id) for pair_id in ids]
+            self._ledger.lease(ids, self._num_steps + 1)
+            self._count_idle("learner")
+            self._learning = asyncio.create_task(self._learn(batch))
 
-        `error` is why a reference failed, if one did. Raises AllRolloutsFailedError.
-        """
-        references = self._setup.references
-        whole: list[tuple[_Task, Rollout, Rollout, str]] = []
-        for task, first, second in zip(tasks, *rollouts, strict=True):
-            reference = references.get(task.messages)
-            if isinstance(first, Rollout) and isinstance(second, Rollout) and reference is not None:
-                whole.append((task, first, second, reference))
-            else:
-                error = next((found.error for found in (first, second) if isinstance(found, FailedRollout)), error)
-        scored = self._setup.panel.wins(
-            [task.messages for task, *_ in whole for _ in range(2)],
-            [rollout.text for _, first, second, _ in whole for rollout in (first, second)],
-            [reference for *_, reference in whole for _ in range(2)],
-            [tuple(task.style.weights) for task, *_ in whole for _ in range(2)],
-        )
-        pairs = []
-        for (task, first, second, _), one, other in zip(whole, scored[::2], scored[1::2], strict=True):
-            if isinstance(one, RewardError) or isinstance(other, RewardError):
-                error = one if isinstance(one, RewardError) else other if isinstance(other, RewardError) else error
-                continue
-            weights = task.style.weights
-            pairs.append(Pair(first, second, (scalarise(one.wins, weights), scalarise(other.wins, weights))))
-        if not pairs:
+    def _choose_batch(self) -> Sequence[int] | None:
+        size = self._options.batch_size
+        if self._is_deterministic:
+            ids = range(self._num_steps * size, (self._num_steps + 1) * size)
+            return ids if all(pair_id in self._waiting for pair_id in ids) else None
+        ended = [(waiting.version, pair_id) for pair_id, waiting in self._waiting.items()]
+        running = [group.version for group in self._running.values() for _ in group.tasks]
+        return self._staleness.choose(ended, running, version=self._num_steps)
+
+    async def _learn(self, batch: Sequence[_Waiting]) -> None:
+        """Learn from a batch, hand the new weights on, tell and save."""
+        options, version = self._options, self._num_steps
+        aged = [(one.version, one.result) for one in batch if isinstance(one.result, Pair)]
+        if not aged:
+            last = next(one.result for one in reversed(batch) if isinstance(one.result, MopeError))
             raise AllRolloutsFailedError(
-                f"none of the {len(tasks)} pairs of batch {self._num_steps} could be used; the last reason: {error}",
-                hint=error.hint if error is not None else None,
+                f"none of the {len(batch)} pairs of batch {version} could be used; the last reason: {last}",
+                hint=last.hint,
             )
-        return pairs, len(tasks) - len(pairs)
-
-    def _open_learner(self, pairs: Sequence[Pair]) -> Learner:
-        """The learner, built when the first rewards are there to choose eta by."""
-        if self._learner is None:
-            options = self._options
-            defaults = PRODUCT_DEFAULTS if self._setup.rule.name == "product" else OTHER_DEFAULTS
-            target = options.target_log_ratio or defaults["target_log_ratio"]
-            differences = [pair.rewards[0] - pair.rewards[1] for pair in pairs]
-            eta = choose_eta(differences, target=target) if options.eta == "auto" else options.eta
-            rate = options.learning_rate or defaults["learning_rate"]
-            feature_rate = (
-                FEATURE_RATE * rate if options.feature_learning_rate is None else options.feature_learning_rate
-            )
-            self._learner = Learner(
-                self._setup.pcm,
-                LearnerOptions(
-                    learning_rate=rate,
-                    weight_decay=options.weight_decay,
-                    max_grad_norm=options.max_grad_norm,
-                    warmup_steps=options.warmup_steps,
-                    lr_scheduler_type=options.lr_scheduler_type,
-                    num_epochs=options.num_train_epochs,
-                    per_device_train_batch_size=options.per_device_train_batch_size,
-                    feature_learning_rate=feature_rate if self._setup.ablation.uses_features else 0.0,
-                ),
-                eta=eta,
-                same_ids=self._setup.bench.reads_expert_ids(self._setup.pcm),
-                is_context_free=self._setup.ablation.is_context_free,
-            )
-        return self._learner
-
-    def _metrics(self, pairs: Sequence[Pair], dropped: int, report: LearnerReport, eta: float) -> StepMetrics:
-        rewards = torch.tensor([reward for pair in pairs for reward in pair.rewards], dtype=torch.float64)
-        rollouts = [rollout for pair in pairs for rollout in (pair.first, pair.second)]
-        weights = [rollout.weights / rollout.weights.sum(dim=-1, keepdim=True) for rollout in rollouts]
-        entropies = torch.cat([torch.special.entr(found).sum(dim=-1) for found in weights])
-        lengths = torch.tensor([[len(pair.first), len(pair.second)] for pair in pairs], dtype=torch.float64)
-        by_pair = rewards.reshape(-1, 2)
-        both = torch.stack([by_pair[:, 0] - by_pair[:, 1], lengths[:, 0] - lengths[:, 1]])
-        can_correlate = len(pairs) > 1 and bool((both.std(dim=1) > 0).all())
-        return StepMetrics(
+        rng = random.Random(f"{options.seed} step {version}")
+        if self._setup.ablation.shuffles_rewards:
+            dealt = shuffle_rewards([pair for _, pair in aged], rng)
+            aged = [(begun, pair) for (begun, _), pair in zip(aged, dealt, strict=True)]
+        learner = self._learner = self._learner or self._open_learner(self._choose_eta([pair for _, pair in aged]))
+        # The newest batch keeps the bound by the choice of its pairs, the older ones by leaving out what is too old.
+        self._window = [*self._window, aged][-options.window :]
+        pairs = [
+            pair
+            for older in self._window
+            for begun, pair in older
+            if older is aged or version - begun <= options.max_staleness
+        ]
+        seed, share = rng.randrange(2**31), min(self.share_done, 1.0)
+        self._is_torn = True
+        report = await in_thread(lambda: learner.step(pairs, seed=seed, share_done=share), name="learner")
+        self._is_torn = False
+        self._num_steps = version + 1
+        await self._publish()
+        self._num_answers -= 2 * len(batch)
+        course = Course(
             step=self._num_steps,
-            reward=float(rewards.mean()),
-            reward_sem=float(rewards.std() / math.sqrt(len(rewards))),
-            loss=report.loss,
-            grad_norm=report.grad_norm,
-            learning_rate=report.learning_rate,
-            sign_align=report.sign_align,
-            approx_kl=report.approx_kl,
-            effective_samples=report.effective_samples,
-            eta=eta,
-            weights_entropy=float(entropies.mean()),
-            num_tokens=float(lengths.mean()),
-            num_pairs=len(pairs),
-            num_dropped=dropped,
-            num_identical=sum(pair.first.pieces == pair.second.pieces for pair in pairs),
-            length_bias=float(torch.corrcoef(both)[0, 1]) if can_correlate else math.nan,
+            # After a resume a pair may be younger than the weights' number: the policy that began it was lost.
+            staleness=[max(0, version - begun) for begun, _ in aged],
+            num_dropped=len(batch) - len(aged),
+            num_requests=self._setup.bench.num_requests - self._num_requests,
+            learner_idle_s=self._idle_s.pop("learner", 0.0),
+            rollouts_idle_s=self._idle_s.pop("rollouts", 0.0),
             seconds=time.monotonic() - self._started,
         )
+        self._num_requests += course.num_requests
+        metrics = measure_step([pair for _, pair in aged], report, learner.eta, course)
+        with (self._setup.output_dir / METRICS).open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(row_of(metrics), allow_nan=False) + "\n")
+        if self._num_steps % options.save_steps == 0:
+            await self._save_in_passing()
+        if self._on_step is not None:
+            self._on_step(metrics, self.share_done)
 
-    def _write_run_file(self) -> None:
-        """What this run was asked to do, for people and for the report."""
-        document: dict[str, Any] = {
-            "rule": self._setup.rule.name,
-            "ablation": asdict(self._setup.ablation),
-            "num_prompts": len(self._setup.prompts),
-            "experts": [expert.name for expert in self._setup.config.experts],
-            "reference": self._reference,
-            "train": self._options.model_dump(mode="json"),
+    async def _publish(self) -> None:
+        """Hand the newest weights to who samples; deterministic sampling takes those of its version itself."""
+        weights = PolicyWeights.of(self._setup.pcm)
+        if not self._is_deterministic:
+            await self._actor.load(weights)
+            return
+        self._snapshots[self._num_steps] = weights
+        oldest = self._num_steps - self._options.max_staleness
+        self._snapshots = {version: one for version, one in self._snapshots.items() if version >= oldest}
+
+    def _choose_eta(self, pairs: Sequence[Pair]) -> float:
+        options = self._options
+        target = options.target_log_ratio or self._defaults["target_log_ratio"]
+        differences = [pair.rewards[0] - pair.rewards[1] for pair in pairs]
+        return choose_eta(differences, target=target) if options.eta == "auto" else options.eta
+
+    @property
+    def _defaults(self) -> dict[str, float]:
+        return PRODUCT_DEFAULTS if self._setup.rule.name == "product" else OTHER_DEFAULTS
+
+    def _open_learner(self, eta: float) -> Learner:
+        """The learner, opened when the first rewards are there to choose eta by."""
+        options = self._options
+        rate = options.learning_rate or self._defaults["learning_rate"]
+        feature_rate = FEATURE_RATE * rate if options.feature_learning_rate is None else options.feature_learning_rate
+        return Learner(
+            self._setup.pcm,
+            LearnerOptions(
+                learning_rate=rate,
+                weight_decay=options.weight_decay,
+                max_grad_norm=options.max_grad_norm,
+                warmup_steps=options.warmup_steps,
+                lr_scheduler_type=options.lr_scheduler_type,
+                num_epochs=options.num_train_epochs,
+                per_device_train_batch_size=options.per_device_train_batch_size,
+                feature_learning_rate=feature_rate if self._setup.ablation.uses_features else 0.0,
+            ),
+            eta=eta,
+            same_ids=self._setup.bench.reads_expert_ids(self._setup.pcm),
+            is_context_free=self._setup.ablation.is_context_free,
+        )
+
+    # ---------------------------------------------------------------- waiting
+
+    async def _wait(self) -> None:
+        """Wait until something ends. Raises what it ended with, and StalledError."""
+        learning = self._learning
+        under_way = {*self._running, *(() if learning is None else (learning,))}
+        limit = self._options.stall_timeout_s
+        done, _ = await asyncio.wait(under_way, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
+        if not done:
+            names = [*map(str, self._running.values()), *(() if learning is None else ("the learner",))]
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise StalledError(f"nothing has ended for {limit:g} s; the run waits for {', '.join(names[:3])}{more}")
+        for task in done:
+            if task is learning:
+                self._learning = None
+                self._mark_idle("learner")
+            else:
+                del self._running[task]
+            task.result()
+        if not self._running:
+            self._mark_idle("rollouts")
+
+    async def _stop(self, *actors: Actor) -> None:
+        """End what is under way. A batch that is being learned from ends first: half of it would tear the weights."""
+        for task in self._running:
+            task.cancel()
+        if self._learning is not None:
+            await asyncio.wait({self._learning}, timeout=LEARNER_ENDS_WITHIN_S)
+        for actor in actors:
+            await actor.aclose()
+        await asyncio.gather(*self._running, return_exceptions=True)
+
+    def _mark_idle(self, *names: str) -> None:
+        for name in names:
+            self._idle_since.setdefault(name, time.monotonic())
+
+    def _count_idle(self, name: str) -> None:
+        since = self._idle_since.pop(name, None)
+        if since is not None:
+            self._idle_s[name] = self._idle_s.get(name, 0.0) + time.monotonic() - since
+
+    # ------------------------------------------------------- saving, resuming
+
+    def _save(self) -> None:
+        """Write the checkpoint of the present step. Raises TrainingError."""
+        self._write_checkpoint()
+        self._forget_rollouts()
+
+    async def _save_in_passing(self) -> None:
+        """The same between two batches; what fails is told, and tried again later."""
+        try:
+            await in_thread(self._write_checkpoint, name="checkpoint")
+        except TrainingError as error:
+            _log.warning("%s; the run goes on", error)
+        else:
+            self._forget_rollouts()
+
+    def _write_checkpoint(self) -> None:
+        assert self._learner is not None
+        weights = PolicyWeights.of(self._setup.pcm)
+        tensors = {f"optimizer.{name}": value for name, value in self._learner.state().items()}
+        for name, one in (("policy", weights), *((f"snapshot.{v}", w) for v, w in self._snapshots.items())):
+            tensors |= {f"{name}.{key}": value for key, value in one.tensors.items()}
+            tensors[f"{name}/features"] = one.feature_weights
+        facts = {
+            "num_steps": self._num_steps,
+            "first_version": self._first_version,
+            "eta": self._learner.eta,
+            "seconds": time.monotonic() - self._started,
+            "snapshots": sorted(self._snapshots),
         }
-        (self._setup.output_dir / "run.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        save_checkpoint(
+            self._setup.pcm,
+            self.checkpoints,
+            step=self._num_steps,
+            state=TrainerState(tensors, facts),
+            num_kept=self._options.save_total_limit,
+        )
+
+    def _forget_rollouts(self) -> None:
+        # A resumed run fills its window from the batches before the checkpoint.
+        self._ledger.forget_rollouts(self._num_steps - (self._options.window - 1))
+
+    def _restore(self) -> None:
+        """Go on from the last checkpoint and the ledger."""
+        last = self.checkpoints / LAST
+        if last.exists():
+            state = load_state(last)
+            facts = state.facts
+            self._num_steps, self._first_version = int(facts["num_steps"]), int(facts["first_version"])
+            self._started = time.monotonic() - float(facts["seconds"])
+            self._weights_of(state, "policy", self._num_steps).load_into(self._setup.pcm)
+            self._snapshots = {v: self._weights_of(state, f"snapshot.{v}", v) for v in map(int, facts["snapshots"])}
+            self._learner = self._open_learner(float(facts["eta"]))
+            optimizer = {
+                name.removeprefix("optimizer."): value
+                for name, value in state.tensors.items()
+                if name.startswith("optimizer.")
+            }
+            self._learner.load_state(optimizer, num_steps=self._num_steps)
+        restored = self._ledger.restore(self._num_steps)
+        self._waiting = {one.pair_id: self._waiting_again(one) for one in restored.ended}
+        self._backlog = sorted(restored.unfinished)
+        self._unfinished = frozenset(restored.unfinished)
+        self._num_dispatched = restored.num_dispatched
+        self._num_ended = restored.num_trained + len(restored.ended)
+        for step in range(max(1, self._num_steps - self._options.window + 2), self._num_steps + 1):
+            batch = [(one.version, self._waiting_again(one).result) for one in self._ledger.pairs_of_step(step)]
+            self._window.append([(begun, result) for begun, result in batch if isinstance(result, Pair)])
+        keep_rows(self._setup.output_dir / METRICS, self._num_steps)
+
+    def _weights_of(self, state: TrainerState, name: str, version: int) -> PolicyWeights:
+        prefix = f"{name}."
+        tensors = {key.removeprefix(prefix): one for key, one in state.tensors.items() if key.startswith(prefix)}
+        return PolicyWeights(tensors, state.tensors[f"{name}/features"], self._first_version + version)
+
+    def _waiting_again(self, one: Ended) -> _Waiting:
+        """An ended pair of an earlier process."""
+        if one.rewards is None:
+            return _Waiting(one.version, TrainingError(one.error or "unknown"))
+        task, data = self._source.task(one.pair_id), self._ledger.rollouts(one.pair_id)
+        if len(data) < len(task.requests):
+            raise TrainingError(f"the ledger lacks the answers of pair {one.pair_id}, which was not trained yet")
+        first, second = (decode_rollout(data[place], request) for place, request in enumerate(task.requests))
+        return _Waiting(one.version, Pair(first, second, one.rewards))
 
 
-def row_of(metrics: StepMetrics) -> dict[str, float | None]:
-    """The metrics as JSON can hold them: null for what is not a finite number."""
-    return {name: value if math.isfinite(value) else None for name, value in asdict(metrics).items()}
+def keep_rows(file: Path, num_steps: int) -> None:
+    """Drop the rows of metrics.jsonl after step `num_steps`, and a torn last one. Raises ConfigError."""
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= num_steps]
+        temporary = file.with_name(f".{file.name}.tmp")
+        temporary.write_text("".join(kept), encoding="utf-8")
+        temporary.replace(file)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"{str(file)!r} cannot be read or written: {error}") from None
 
 
 def served_dimensions(config: Config) -> list[str]:
@@ -360,32 +638,6 @@ def reference_expert(config: Config) -> str:
     if name not in {expert.name for expert in config.experts}:
         raise ConfigError(f"`reference` in [train] is {name!r}, which is no expert")
     return name
-
-
-def sample_references(
-    prompts: Iterable[tuple[Message, ...]],
-    references: References,
-    sampler: Sampler,
-    *,
-    expert: str,
-    options: SamplingOptions,
-    rng: random.Random,
-) -> MopeError | None:
-    """Sample and store a reference response for every prompt that has none.
-
-    One that fails stays without; the last such failure is returned.
-    """
-    failure: MopeError | None = None
-    plan = Plan(MergeRule("linear"), experts=(expert,), lambdas=(1.0,), base=None, preference_text="")
-    missing = [messages for messages in dict.fromkeys(prompts) if references.get(messages) is None]
-    if missing:
-        requests = [RolloutRequest(messages, plan, rng.getrandbits(32)) for messages in missing]
-        for found in sampler.sample(requests, options):
-            if isinstance(found, Rollout):
-                references.put(found.request.messages, found.text)
-            else:
-                failure = found.error
-    return failure
 
 
 def shuffle_rewards(pairs: Sequence[Pair], rng: random.Random) -> list[Pair]:

@@ -29,6 +29,7 @@ from filelock import FileLock
 
 from mope_bb.config import resolve_home
 from mope_bb.errors import ConfigError
+from mope_bb.preferences import PROMPT_LAYOUT
 from mope_bb.zoo.reward_models import REWARD_RECIPES
 from mope_bb.zoo.training import RECIPES, Recipe
 from mope_bb.zoo.wording import DIMENSIONS
@@ -219,12 +220,12 @@ def _build_pcm(root: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     shutil.rmtree(root / PCM, ignore_errors=True)
     temporary.replace(root / PCM)
     files = {path.relative_to(root).as_posix(): _sha256(path) for path in sorted((root / PCM).iterdir())}
-    return {"made_from": _base_hash(manifest), "files": files}
+    return {"made_from": _base_hash(manifest), "prompt_layout": PROMPT_LAYOUT, "files": files}
 
 
 def _is_pcm_intact(root: Path, manifest: dict[str, Any]) -> bool:
     entry = manifest.get("pcm")
-    if entry is None or entry["made_from"] != _base_hash(manifest):
+    if entry is None or (entry["made_from"], entry.get("prompt_layout")) != (_base_hash(manifest), PROMPT_LAYOUT):
         return False
     return _have_hashes(root, entry["files"])
 
