@@ -25,6 +25,7 @@ from mope_bb.chat_tokenizer import (
     load_chat_tokenizer,
     refuse_control_token,
 )
+from mope_bb.coalescing import Coalescer
 from mope_bb.config import ExpertConfig
 from mope_bb.errors import (
     AuthenticationError,
@@ -32,6 +33,8 @@ from mope_bb.errors import (
     ContextLengthError,
     LogprobsUnavailableError,
     MalformedResponseError,
+    MopeError,
+    RequestError,
 )
 from mope_bb.providers.base import Capabilities, IdExpert, build_distribution
 from mope_bb.transport import HttpClient
@@ -39,6 +42,10 @@ from mope_bb.types import Message, Piece, TokenDistribution
 
 CAPABILITIES: Final = Capabilities(max_top_k=None, prefill="ids", byte_exact=True, eos_visible=True, logprob_noise=0.02)
 FORCE_BIAS: Final = 1000.0
+MAX_PROMPTS: Final = 32
+"""In one request."""
+MAX_REQUESTS: Final = 1
+"""Of next-token questions at a time: while one list is computed the next one is on its way."""
 END_TOKENS: Final = (
     "<|eot_id|>",
     "<|im_end|>",
@@ -59,10 +66,10 @@ END_TOKENS: Final = (
 """Tokens that end an answer whatever the model's metadata say, as in llama.cpp's own list."""
 
 
-def build_request(ids: Sequence[int], *, top_k: int, forced_id: int) -> dict[str, Any]:
-    """The body of one next-token question."""
+def build_request(prompts: Sequence[Sequence[int]], *, top_k: int, forced_id: int) -> dict[str, Any]:
+    """The body of one next-token question, or of several at once."""
     return {
-        "prompt": list(ids),
+        "prompt": list(prompts[0]) if len(prompts) == 1 else [list(ids) for ids in prompts],
         "n_predict": 1,
         "n_probs": top_k,
         "temperature": 1.0,
@@ -94,6 +101,20 @@ def parse_response(
             f"`completion_probabilities` is not as llama.cpp writes it: {error!r}", expert=expert
         ) from None
     return build_distribution(entries, top_k=top_k, end_ids=end_ids, vocab_size=vocab_size, expert=expert)
+
+
+def split_response(data: Any, num_prompts: int, *, expert: str) -> list[Any]:
+    """The replies to several questions in their order. Raises MalformedResponseError."""
+    if num_prompts == 1:
+        return [data]
+    try:
+        found = {reply["index"]: reply for reply in data}
+        return [found[index] for index in range(num_prompts)]
+    except (KeyError, TypeError):
+        count = f"{len(data)} replies" if isinstance(data, list) else type(data).__name__
+        raise MalformedResponseError(
+            f"a list of {num_prompts} prompts was answered by {count}, expected one for each", expert=expert
+        ) from None
 
 
 def _parse_entry(entry: Mapping[str, Any]) -> tuple[Piece, float | None]:
@@ -130,6 +151,9 @@ class LlamaCppExpert(IdExpert):
         self._end_ids: frozenset[int] | None = None
         self._forced_id = 0
         self._vocab_size: int | None = None
+        self._questions: Coalescer[tuple[tuple[int, ...], int], TokenDistribution] = Coalescer(
+            self._ask_together, max_size=MAX_PROMPTS, max_running=MAX_REQUESTS
+        )
 
     async def encode_prompt(self, messages: Sequence[Message]) -> tuple[int, ...]:
         if self._tokenizer is not None:
@@ -163,20 +187,47 @@ class LlamaCppExpert(IdExpert):
         return tuple(tokens)
 
     async def ask(self, ids: tuple[int, ...], top_k: int) -> TokenDistribution:
+        return await self._questions.ask((ids, top_k))
+
+    async def _ask_together(
+        self, questions: Sequence[tuple[tuple[int, ...], int]]
+    ) -> list[TokenDistribution | Exception]:
+        """Several questions in one request. One that the server refuses does not cost the others."""
+        try:
+            return await self._ask_list(questions)
+        except RequestError as error:
+            if len(questions) == 1:
+                return [error]
+            found = await asyncio.gather(*(self._ask_together([one]) for one in questions))
+            return [answer for (answer,) in found]
+
+    async def _ask_list(self, questions: Sequence[tuple[tuple[int, ...], int]]) -> list[TokenDistribution | Exception]:
         end_ids = await self._set_up()
         # Several end tokens join in one piece: ask for as many more, so that k pieces remain.
-        asked = top_k + max(0, len(end_ids) - 1)
-        body = build_request(ids, top_k=asked, forced_id=self._forced_id)
+        asked = max(top_k for _, top_k in questions) + max(0, len(end_ids) - 1)
+        body = build_request([ids for ids, _ in questions], top_k=asked, forced_id=self._forced_id)
         if self._model is not None:
             body["model"] = self._model
-        return parse_response(
-            await self._client.post_json("/completion", body),
-            num_ids=len(ids),
-            top_k=top_k,
-            end_ids=end_ids,
-            vocab_size=self._vocab_size,
-            expert=self.name,
-        )
+        data = await self._client.post_json("/completion", body)
+        return [
+            self._parse(reply, len(ids), top_k, end_ids)
+            for reply, (ids, top_k) in zip(
+                split_response(data, len(questions), expert=self.name), questions, strict=True
+            )
+        ]
+
+    def _parse(self, reply: Any, num_ids: int, top_k: int, end_ids: Collection[int]) -> TokenDistribution | Exception:
+        try:
+            return parse_response(
+                reply,
+                num_ids=num_ids,
+                top_k=top_k,
+                end_ids=end_ids,
+                vocab_size=self._vocab_size,
+                expert=self.name,
+            )
+        except MopeError as error:
+            return error
 
     async def _set_up(self) -> frozenset[int]:
         """Learn the end tokens, a harmless token and the vocabulary's size, once."""
@@ -227,6 +278,7 @@ class LlamaCppExpert(IdExpert):
         return self._client.num_requests
 
     async def aclose(self) -> None:
+        await self._questions.aclose()
         await self._client.aclose()
 
 

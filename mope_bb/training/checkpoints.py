@@ -45,7 +45,8 @@ def save_checkpoint(
 
     The newest `num_kept` stay. Raises TrainingError; the older ones are then as they were.
     """
-    name = f"step-{step}"
+    last = folder / LAST
+    name, folder = f"step-{step}", folder.absolute()
     target, temporary = folder / name, folder / f".{name}.tmp"
     with _explained(target):
         folder.mkdir(parents=True, exist_ok=True)
@@ -57,15 +58,15 @@ def save_checkpoint(
             (temporary / "trainer.json").write_text(json.dumps(state.facts, indent=1) + "\n", encoding="utf-8")
         for file in (*temporary.rglob("*"), temporary):
             _sync(file)
-        # There is one of this step already where a run was resumed from an earlier one.
-        old = folder / f".{name}.old"
-        shutil.rmtree(old, ignore_errors=True)
         if target.exists():
-            target.replace(old)
+            # A process was killed before it could link to it. The one that `last` points to is never touched.
+            if target == (folder / LAST).resolve():
+                raise TrainingError(f"there is a checkpoint {str(target)!r} already")
+            shutil.rmtree(target)
         temporary.replace(target)
         _link(folder, name)
     _remove_older(folder, num_kept)
-    return folder / LAST
+    return last
 
 
 def load_state(checkpoint: Path) -> TrainerState:

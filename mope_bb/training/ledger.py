@@ -115,12 +115,17 @@ class Ledger:
         except OSError as error:
             raise ConfigError(f"the run's folder {str(folder)!r} cannot be used: {error}") from None
         try:
+            # Every transaction is begun and ended here, in words.
             self._database = sqlite3.connect(self._path, isolation_level=None, timeout=30.0)
             self._database.execute("PRAGMA journal_mode = WAL")
             self._database.execute("PRAGMA synchronous = NORMAL")
             self._create()
         except sqlite3.Error as error:
+            self.close()
             raise self._broken(error) from None
+        except ConfigError:
+            self.close()
+            raise
 
     def _create(self) -> None:
         found = self._database.execute("PRAGMA user_version").fetchone()[0]

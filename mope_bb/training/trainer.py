@@ -127,7 +127,8 @@ class Trainer:
         self._source = TaskSource(setup.config, setup.rule, setup.prompts, styles)
         self._sampling = SamplingOptions(max_tokens=options.max_tokens)
         self._reference = reference_expert(setup.config)
-        self._staleness = Staleness(options.max_staleness, options.batch_size)
+        # What is left for the first lesson of a pair: the window then holds it for window - 1 versions more.
+        self._staleness = Staleness(options.max_staleness - (options.window - 1), options.batch_size)
         is_local = bool(setup.bench.models)
         self._is_deterministic = is_local if options.deterministic is None else options.deterministic
         if self._is_deterministic and not is_local:
@@ -137,8 +138,8 @@ class Trainer:
             )
         if options.window > options.max_staleness + 1:
             raise ConfigError(
-                f"`window` is {options.window}, but pairs older than `max_staleness` = {options.max_staleness} versions"
-                " are not learned from again",
+                f"`window` is {options.window}, but no pair older than {options.max_staleness} versions"
+                " (`max_staleness`) is learned from",
                 hint=f"Set `max_staleness` to {options.window - 1} or more.",
             )
         setup.pcm.rule = setup.rule.name
@@ -151,7 +152,7 @@ class Trainer:
         self._first_version = setup.pcm.policy_version
         self._num_steps = 0
         self._learner: Learner | None = None
-        self._window: list[list[tuple[int, Pair]]] = []
+        self._window: list[list[Pair]] = []
         self._snapshots: dict[int, PolicyWeights] = {}
         self._waiting: dict[int, _Waiting] = {}
         self._backlog: list[int] = []
@@ -166,6 +167,7 @@ class Trainer:
         self._num_answers = 0
         self._unfinished: frozenset[int] = frozenset()
         self._is_torn = False
+        self._num_saved = 0
         self._on_step: Callable[[StepMetrics, float], None] | None = None
         self._on_answers: Progress | None = None
 
@@ -279,7 +281,7 @@ class Trainer:
         self._num_dispatched = max(self._num_dispatched, ids[-1] + 1)
         version = self._num_steps
         if self._is_deterministic:
-            version = max(0, ids[0] // options.batch_size - options.max_staleness)
+            version = max(0, ids[0] // options.batch_size - self._staleness.max_staleness)
         return _Group(tuple(map(self._source.task, ids)), version)
 
     async def _make_pairs(self, group: _Group) -> None:
@@ -392,8 +394,8 @@ class Trainer:
     async def _learn(self, batch: Sequence[_Waiting]) -> None:
         """Learn from a batch, hand the new weights on, tell and save."""
         options, version = self._options, self._num_steps
-        aged = [(one.version, one.result) for one in batch if isinstance(one.result, Pair)]
-        if not aged:
+        pairs = [one.result for one in batch if isinstance(one.result, Pair)]
+        if not pairs:
             last = next(one.result for one in reversed(batch) if isinstance(one.result, MopeError))
             raise AllRolloutsFailedError(
                 f"none of the {len(batch)} pairs of batch {version} could be used; the last reason: {last}",
@@ -401,20 +403,13 @@ class Trainer:
             )
         rng = random.Random(f"{options.seed} step {version}")
         if self._setup.ablation.shuffles_rewards:
-            dealt = shuffle_rewards([pair for _, pair in aged], rng)
-            aged = [(begun, pair) for (begun, _), pair in zip(aged, dealt, strict=True)]
-        learner = self._learner = self._learner or self._open_learner(self._choose_eta([pair for _, pair in aged]))
-        # The newest batch keeps the bound by the choice of its pairs, the older ones by leaving out what is too old.
-        self._window = [*self._window, aged][-options.window :]
-        pairs = [
-            pair
-            for older in self._window
-            for begun, pair in older
-            if older is aged or version - begun <= options.max_staleness
-        ]
+            pairs = shuffle_rewards(pairs, rng)
+        learner = self._learner = self._learner or self._open_learner(self._choose_eta(pairs))
+        self._window = [*self._window, pairs][-options.window :]
+        lesson = [pair for older in self._window for pair in older]
         seed, share = rng.randrange(2**31), min(self.share_done, 1.0)
         self._is_torn = True
-        report = await in_thread(lambda: learner.step(pairs, seed=seed, share_done=share), name="learner")
+        report = await in_thread(lambda: learner.step(lesson, seed=seed, share_done=share), name="learner")
         self._is_torn = False
         self._num_steps = version + 1
         await self._publish()
@@ -422,15 +417,15 @@ class Trainer:
         course = Course(
             step=self._num_steps,
             # After a resume a pair may be younger than the weights' number: the policy that began it was lost.
-            staleness=[max(0, version - begun) for begun, _ in aged],
-            num_dropped=len(batch) - len(aged),
+            staleness=[max(0, version - one.version) for one in batch if isinstance(one.result, Pair)],
+            num_dropped=len(batch) - len(pairs),
             num_requests=self._setup.bench.num_requests - self._num_requests,
             learner_idle_s=self._idle_s.pop("learner", 0.0),
             rollouts_idle_s=self._idle_s.pop("rollouts", 0.0),
             seconds=time.monotonic() - self._started,
         )
         self._num_requests += course.num_requests
-        metrics = measure_step([pair for _, pair in aged], report, learner.eta, course)
+        metrics = measure_step(pairs, report, learner.eta, course)
         with (self._setup.output_dir / METRICS).open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(row_of(metrics), allow_nan=False) + "\n")
         if self._num_steps % options.save_steps == 0:
@@ -445,7 +440,7 @@ class Trainer:
             await self._actor.load(weights)
             return
         self._snapshots[self._num_steps] = weights
-        oldest = self._num_steps - self._options.max_staleness
+        oldest = self._num_steps - self._staleness.max_staleness
         self._snapshots = {version: one for version, one in self._snapshots.items() if version >= oldest}
 
     def _choose_eta(self, pairs: Sequence[Pair]) -> float:
@@ -538,7 +533,8 @@ class Trainer:
             self._forget_rollouts()
 
     def _write_checkpoint(self) -> None:
-        assert self._learner is not None
+        if self._learner is None or self._num_saved == self._num_steps:
+            return
         weights = PolicyWeights.of(self._setup.pcm)
         tensors = {f"optimizer.{name}": value for name, value in self._learner.state().items()}
         for name, one in (("policy", weights), *((f"snapshot.{v}", w) for v, w in self._snapshots.items())):
@@ -558,6 +554,7 @@ class Trainer:
             state=TrainerState(tensors, facts),
             num_kept=self._options.save_total_limit,
         )
+        self._num_saved = self._num_steps
 
     def _forget_rollouts(self) -> None:
         # A resumed run fills its window from the batches before the checkpoint.
@@ -569,7 +566,8 @@ class Trainer:
         if last.exists():
             state = load_state(last)
             facts = state.facts
-            self._num_steps, self._first_version = int(facts["num_steps"]), int(facts["first_version"])
+            self._num_steps = self._num_saved = int(facts["num_steps"])
+            self._first_version = int(facts["first_version"])
             self._started = time.monotonic() - float(facts["seconds"])
             self._weights_of(state, "policy", self._num_steps).load_into(self._setup.pcm)
             self._snapshots = {v: self._weights_of(state, f"snapshot.{v}", v) for v in map(int, facts["snapshots"])}
@@ -587,8 +585,8 @@ class Trainer:
         self._num_dispatched = restored.num_dispatched
         self._num_ended = restored.num_trained + len(restored.ended)
         for step in range(max(1, self._num_steps - self._options.window + 2), self._num_steps + 1):
-            batch = [(one.version, self._waiting_again(one).result) for one in self._ledger.pairs_of_step(step)]
-            self._window.append([(begun, result) for begun, result in batch if isinstance(result, Pair)])
+            batch = [self._waiting_again(one).result for one in self._ledger.pairs_of_step(step)]
+            self._window.append([result for result in batch if isinstance(result, Pair)])
         keep_rows(self._setup.output_dir / METRICS, self._num_steps)
 
     def _weights_of(self, state: TrainerState, name: str, version: int) -> PolicyWeights:

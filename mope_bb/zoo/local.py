@@ -27,7 +27,13 @@ def local_config(zoo: Zoo, *, train: dict[str, Any] | None = None) -> Config:
         }
         for name in zoo.names
     ]
-    settings: dict[str, Any] = {"max_tokens": MAX_TOKENS, "max_minutes": MAX_MINUTES, **(train or {})}
+    # One version old: the learner and the sampler, each on a core, never wait for each other longer than they must.
+    settings: dict[str, Any] = {
+        "max_tokens": MAX_TOKENS,
+        "max_minutes": MAX_MINUTES,
+        "max_staleness": 1,
+        **(train or {}),
+    }
     settings["preferences"] = {"axes": POLES, **settings.get("preferences", {})}
     return parse_config(
         {

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -23,6 +24,8 @@ CONFIGURATION = 2
 INTERRUPTED = 130
 REWARDS = """
 import hashlib
+import signal
+import time
 from pathlib import Path
 
 def fair(messages, answer):
@@ -35,7 +38,9 @@ def broken(messages, answer):
     return float("nan")
 
 def stopped(messages, answer):
-    raise KeyboardInterrupt
+    signal.raise_signal(signal.SIGINT)
+    time.sleep(1)
+    return 0.0
 """
 FAIR = 'kind = "function", function = "my_rewards_of_train:fair"'
 TRAIN = """
@@ -44,6 +49,7 @@ prompts = "prompts.txt"
 max_steps = 2
 batch_size = 3
 max_tokens = 6
+max_staleness = 0
 """
 
 
@@ -56,7 +62,7 @@ class Folder:
         (path / "prompts.txt").write_text("How do I fix a bike?\nHello\n")
         (path / "my_rewards_of_train.py").write_text(REWARDS)
         self.run = path / "run"
-        for name in ("notes.txt", "run.json", "checkpoints/last/mope.json"):
+        for name in ("notes.txt", "checkpoints/mine/mope.json"):
             (self.run / name).parent.mkdir(parents=True, exist_ok=True)
             (self.run / name).write_text("older")
 
@@ -73,13 +79,9 @@ class Folder:
         return str(self.path / "mope.toml")
 
     def content(self) -> dict[str, bytes]:
-        """The prompts and every file of `run` but the references, which are kept for the next attempt."""
+        """The prompts and every file of `run`."""
         files = [*self.run.rglob("*"), self.path / "prompts.txt"]
-        return {
-            str(file.relative_to(self.path)): file.read_bytes()
-            for file in files
-            if file.is_file() and file.name != "references.jsonl"
-        }
+        return {str(file.relative_to(self.path)): file.read_bytes() for file in files if file.is_file()}
 
 
 @pytest.fixture
@@ -135,13 +137,13 @@ def test_flags_keep_the_rest_of_the_preferences(mope: Run, folder: Folder) -> No
 def test_ctrl_c_saves_what_was_learned(mope: Run, folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     """After one of two batches: exit status 130, the path of the checkpoint, and one batch in it."""
 
-    def interrupted(view: View, metrics: Any, share: float) -> NoReturn:
-        raise KeyboardInterrupt
+    def interrupted(view: View, metrics: Any, share: float) -> None:
+        signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(View, "show_step", interrupted)
     result = mope("train", "-c", folder.config(), "-o", "new")
     assert (result.status, result.out) == (INTERRUPTED, "")
-    assert result.err.strip() == "Stopped; what was learned is saved in new/checkpoints/last."
+    assert result.err.strip() == "Stopped; what was learned is saved in new/checkpoints/last. Go on with --resume."
     assert load_pcm("new/checkpoints/last").policy_version == 1
     assert len(rows_of(Path("new"))) == 1
 
@@ -151,7 +153,8 @@ def test_ctrl_c_before_anything_was_learned(mope: Run, folder: Folder) -> None:
     before = folder.content()
     result = mope("train", "-c", folder.config(reward=FAIR.replace("fair", "stopped")), "-o", "run")
     assert (result.status, result.out, result.err.strip()) == (INTERRUPTED, "", "")
-    assert folder.content() == before
+    assert before.items() <= folder.content().items()
+    assert not (folder.run / "checkpoints" / "last").exists()
 
 
 def test_an_error_saves_what_was_learned(mope: Run, folder: Folder) -> None:
@@ -160,7 +163,10 @@ def test_an_error_saves_what_was_learned(mope: Run, folder: Folder) -> None:
     assert (result.status, result.out) == (FAILED, "")
     progress, empty, saved, error, hint = result.err.splitlines()
     assert progress.startswith("batch 1 ")
-    assert (empty, saved) == ("", "Stopped; what was learned is saved in new/checkpoints/last.")
+    assert (empty, saved) == (
+        "",
+        "Stopped; what was learned is saved in new/checkpoints/last. Go on with --resume.",
+    )
     assert error.startswith("error: none of the 3 pairs of batch 1 could be used")
     assert hint.startswith("hint: ")
     assert load_pcm("new/checkpoints/last").policy_version == 1
@@ -228,7 +234,8 @@ def test_bad_input_costs_nothing(  # noqa: PLR0917  # two fixtures and four para
     config = folder.config(**options)
     before = folder.content()
     mope("train", "-c", config, "-o", "run", *flags).assert_refused(status, *parts)
-    assert folder.content() == before
+    assert before.items() <= folder.content().items()
+    assert not (folder.run / "checkpoints" / "last").exists()
 
 
 def test_what_cannot_be_opened_is_named(mope: Run, folder: Folder) -> None:

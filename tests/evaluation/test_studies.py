@@ -313,7 +313,7 @@ def rollout_of(weights: Sequence[Sequence[float]], pieces: Sequence[Piece], logp
     zeros = torch.zeros(count)
     index = torch.ones(count, dtype=torch.long)
     request = RolloutRequest((), plan, 0)
-    return Rollout(request, tuple(pieces), "length", lists, index, zeros, torch.tensor(weights), zeros, 0)
+    return Rollout(request, tuple(pieces), "length", lists, index, zeros, torch.tensor(weights), zeros, index)
 
 
 def given_weights(*weights: tuple[float, float]) -> Given:

@@ -76,7 +76,7 @@ def test_only_adapter_and_head_learn(nano: Zoo, adapted: PreferenceControlModel)
 def test_saved_and_loaded_scores_are_equal(adapted: PreferenceControlModel, tmp_path: Path) -> None:
     """A checkpoint is the merged PCM, loaded without peft; saving leaves the one that learns as it is."""
     before = scores(adapted)
-    folder = save_checkpoint(adapted, tmp_path, "last")
+    folder = save_checkpoint(adapted, tmp_path, step=5)
     assert float(before.abs().max()) > 0.01
     assert torch.equal(scores(adapted), before)
     again = load_pcm(str(folder))
@@ -90,7 +90,7 @@ def test_the_adapter_alone_is_kept(nano: Zoo, adapted: PreferenceControlModel, t
     """The folder `adapter` is peft's own: on the PCM that it was trained on it gives the same scores."""
     from peft import PeftModel
 
-    folder = save_checkpoint(adapted, tmp_path, "last")
+    folder = save_checkpoint(adapted, tmp_path, step=5)
     plain = load_pcm(str(nano.pcm))
     plain.model = PeftModel.from_pretrained(plain.model, str(folder / "adapter")).eval()
     torch.testing.assert_close(scores(plain), scores(adapted), rtol=1e-4, atol=1e-5)

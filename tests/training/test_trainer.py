@@ -22,16 +22,18 @@ from mope_bb.pcm.local_sampler import LocalSampler
 from mope_bb.pcm.mixture import MergeRule
 from mope_bb.pcm.model import load_pcm
 from mope_bb.pcm.rollouts import FailedRollout, Rollout, RolloutRequest
-from mope_bb.rewards.base import References, RewardPanel, win_probability
+from mope_bb.rewards.base import RewardPanel, win_probability
 from mope_bb.rewards.function import FunctionReward
 from mope_bb.training.learner import Learner, LearnerReport, Pair
+from mope_bb.training.ledger import Ledger
+from mope_bb.training.metrics import StepMetrics
 from mope_bb.training.rebel import choose_eta
+from mope_bb.training.scoring import prompt_key
 from mope_bb.training.trainer import (
     OTHER_DEFAULTS,
     PRODUCT_DEFAULTS,
     Ablation,
     Prompts,
-    StepMetrics,
     Trainer,
     TrainingSetup,
     reference_expert,
@@ -44,7 +46,16 @@ from mope_bb.zoo.build import Zoo
 from mope_bb.zoo.local import local_config
 
 Score = Callable[[list[dict[str, Any]], str], float]
-SMALL = {"max_steps": 2, "max_minutes": None, "batch_size": 4, "per_device_train_batch_size": 4, "max_tokens": 8}
+SMALL = {
+    "max_steps": 2,
+    "max_minutes": None,
+    "batch_size": 4,
+    "per_device_train_batch_size": 4,
+    "max_tokens": 8,
+    "max_staleness": 0,
+}
+TIMES = ("seconds", "learner_idle_s", "rollouts_idle_s")
+"""Columns of metrics.jsonl that are never twice the same."""
 PROMPTS: Prompts = tuple((Message("user", f"How do I fix a {thing}?"),) for thing in ("bike", "chair", "boat"))
 
 
@@ -64,8 +75,8 @@ class Seen:
 
     def asked(self) -> list[set[str]]:
         """The styled experts of every answer but the references."""
-        found = (one for batch in self.rollouts for one in batch)
-        return [set(one.request.plan.experts) for one in found if one.request.plan.preference_text]
+        found = (set(one.request.plan.experts) for batch in self.rollouts for one in batch)
+        return [names for names in found if names != {"base"}]
 
 
 @pytest.fixture
@@ -115,18 +126,27 @@ class Runs:
                 bench=self.bench,
                 panel=RewardPanel({name: FunctionReward(name, reward) for name in DIMENSIONS}),
                 prompts=prompts,
-                references=References(path / "references.jsonl"),
                 output_dir=path,
                 ablation=ablation or Ablation(),
             )
         )
 
     def metrics(self, folder: str = "run") -> list[dict[str, Any]]:
-        """The rows of metrics.jsonl, without the time they took."""
+        """The rows of metrics.jsonl, without the times they took."""
         lines = (self.folder / folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         rows = [json.loads(line) for line in lines]
-        assert all(row.pop("seconds") > 0 for row in rows)
-        return rows
+        assert all(row["seconds"] > 0 for row in rows)
+        return [{name: value for name, value in row.items() if name not in TIMES} for row in rows]
+
+    def references(self, folder: str = "run") -> dict[str, str]:
+        """Question -> reference answer, as the ledger of a run has them."""
+        with Ledger(self.folder / folder) as ledger:
+            return {json.loads(key)[-1]["content"]: text for key, (text, _) in ledger.references().items()}
+
+    def put_reference(self, prompt: tuple[Message, ...], text: str, folder: str = "run") -> None:
+        """Give a run that is to begin a reference answer."""
+        with Ledger(self.folder / folder) as ledger:
+            ledger.put_references({prompt_key(prompt): text})
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +172,7 @@ def test_a_run_leaves_metrics_and_a_pcm(runs: Runs, rule: str) -> None:
     assert [row["step"] for row in rows] == [metrics.step for metrics, _ in told] == [1, 2]
     assert [share for _, share in told] == [0.5, 1.0]
     for row, (metrics, _) in zip(rows, told, strict=True):
-        assert set(row) == {one.name for one in fields(StepMetrics)} - {"seconds"}
+        assert set(row) == {one.name for one in fields(StepMetrics)} - set(TIMES)
         assert row["loss"] == metrics.loss > 0
         assert row["num_pairs"] == 4
         assert row["num_dropped"] == 0
@@ -192,9 +212,9 @@ def test_an_answer_without_score_costs_its_pair_only(runs: Runs, seen: Seen) -> 
         return math.nan if answer in bad else score(messages, answer)
 
     bad: set[str] = set()
-    References(runs.folder / "run" / "references.jsonl").put(PROMPTS[0], "the reference")
+    runs.put_reference(PROMPTS[0], "the reference")
     runs.trainer(reward=partly, prompts=PROMPTS[:1], batch_size=40, max_steps=1).run()
-    (answers,) = seen.rollouts
+    answers = max(seen.rollouts, key=len)
     pairs = list(zip(answers[:40], answers[40:], strict=True))
     whole = [(one, other) for one, other in pairs if not (is_bad(one) or is_bad(other))]
     assert {(is_bad(one), is_bad(other)) for one, other in pairs} >= {(True, False), (False, True), (False, False)}
@@ -243,26 +263,16 @@ def test_a_reference_that_fails_is_the_reason(runs: Runs) -> None:
 
 
 def test_references_are_sampled_once_and_kept(runs: Runs, seen: Seen) -> None:
-    """One per prompt, by the base; a later run in the folder measures against the same ones."""
-    file = runs.folder / "run" / "references.jsonl"
-    runs.trainer(prompts=PROMPTS[:1]).run()
-    kept = file.read_bytes()
-    (reference,) = (batch for batch in seen.rollouts if not batch[0].request.plan.preference_text)
-    assert [one.request.plan.experts for one in reference] == [("base",)]
+    """One per prompt, by the base, before the batch that needs it is scored."""
+    runs.trainer(prompts=PROMPTS[:1], max_steps=3).run()
+    (reference,) = (batch for batch in seen.rollouts if batch[0].request.plan.experts == ("base",))
     assert isinstance(reference[0], Rollout)
-    assert [json.loads(line)["text"] for line in kept.splitlines()] == [reference[0].text]
-    seen.rollouts.clear()
-    runs.trainer(prompts=PROMPTS[:1], seed=9).run()
-    assert file.read_bytes() == kept
-    assert all(batch[0].request.plan.preference_text for batch in seen.rollouts)
-    runs.trainer(prompts=PROMPTS[:2], seed=9).run()
-    assert file.read_bytes().startswith(kept)
-    assert len(file.read_text().splitlines()) == 2
+    assert runs.references() == {PROMPTS[0][0].content: reference[0].text}
 
 
 def test_rewards_are_measured_against_the_reference(runs: Runs, seen: Seen) -> None:
     """A reference that was there before a run is the one that counts."""
-    References(runs.folder / "run" / "references.jsonl").put(PROMPTS[0], "the one")
+    runs.put_reference(PROMPTS[0], "the one")
 
     def measure(messages: list[dict[str, Any]], answer: str) -> float:
         return 5.0 if answer == "the one" else score(messages, answer)
@@ -296,7 +306,7 @@ def test_two_answers_of_a_pair_are_independent(runs: Runs, seen: Seen) -> None:
 
 def test_the_window_holds_the_last_batches(runs: Runs, seen: Seen) -> None:
     """window = 2: each step learns from its own batch and the one before."""
-    runs.trainer(window=2, max_steps=3).run()
+    runs.trainer(window=2, max_steps=3, max_staleness=1).run()
     assert [len(pairs) for pairs in seen.windows] == [4, 8, 8]
     assert seen.windows[2][:4] == seen.windows[1][4:]
 
@@ -405,8 +415,7 @@ def test_what_is_trained_is_trained_in_float32(nano: Zoo, runs: Runs, lora_rank:
 
 def runs_requests(trainer: Trainer) -> list[RolloutRequest]:
     """Some of the requests that a run may make."""
-    tasks = [trainer._draw_task(random.Random(seed)) for seed in range(50)]
-    return [RolloutRequest(task.messages, task.plan, 0) for task in tasks]
+    return [request for pair_id in range(25) for request in trainer._source.task(pair_id).requests]
 
 
 def test_an_answer_beyond_the_pcm_is_not_learned_from(runs: Runs, seen: Seen) -> None:

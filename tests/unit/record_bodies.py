@@ -54,32 +54,32 @@ def main() -> None:
         _, rendered = post(url, "/apply-template", {"messages": MESSAGES})
         prompt = tokenize(url, rendered["prompt"], parse_special=True)
         forced, end_id = tokenize(url, "a")[-1], end_of(url)
-        _, everything = post(url, "/completion", build_request(prompt, top_k=100_000, forced_id=forced))
+        _, everything = post(url, "/completion", build_request([prompt], top_k=100_000, forced_id=forced))
         entries = everything["completion_probabilities"][0]["top_logprobs"]
         half = next(entry["id"] for entry in entries if is_half(bytes(entry["bytes"])))
         rank = 1 + next(i for i, entry in enumerate(entries) if entry["id"] == end_id)
         facts = {"num_ids": len(prompt), "forced_id": forced, "end_id": end_id, "half_id": half, "vocab": len(entries)}
 
-        sent = build_request(prompt, top_k=20, forced_id=forced)
+        sent = build_request([prompt], top_k=20, forced_id=forced)
         status, reply = post(url, "/completion", sent)
         record("normal", sent=sent, status=status, reply=reply, **facts)
 
         # Without the cure: what is sampled is a token whose bytes are the beginning of a character.
-        sent = {**build_request(prompt, top_k=20, forced_id=forced), "logit_bias": [[half, FORCE_BIAS]]}
+        sent = {**build_request([prompt], top_k=20, forced_id=forced), "logit_bias": [[half, FORCE_BIAS]]}
         status, reply = post(url, "/completion", sent)
         record("half_character", sent=sent, status=status, reply=reply, **facts)
 
         # The end of the answer is the last entry of the list; it was not sampled.
-        sent = build_request(prompt, top_k=rank, forced_id=forced)
+        sent = build_request([prompt], top_k=rank, forced_id=forced)
         status, reply = post(url, "/completion", sent)
         record("with_end", sent=sent, status=status, reply=reply, **facts)
 
         # Without the cure: the end is what is sampled.
-        sent = {**build_request(prompt, top_k=20, forced_id=forced), "logit_bias": [[end_id, FORCE_BIAS]]}
+        sent = {**build_request([prompt], top_k=20, forced_id=forced), "logit_bias": [[end_id, FORCE_BIAS]]}
         status, reply = post(url, "/completion", sent)
         record("end_sampled", sent=sent, status=status, reply=reply, **facts)
 
-        sent = build_request([forced] * 5000, top_k=20, forced_id=forced)
+        sent = build_request([[forced] * 5000], top_k=20, forced_id=forced)
         status, reply = post(url, "/completion", sent)
         record("context", sent={**sent, "prompt": "5000 ids"}, status=status, reply=reply, **facts)
 

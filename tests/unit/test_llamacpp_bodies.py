@@ -47,7 +47,7 @@ def test_the_recorded_request_is_what_the_adapter_sends() -> None:
     """The recording is of this adapter: its request has not changed since."""
     document = load("normal")
     sent = document["sent"]
-    assert sent == build_request(sent["prompt"], top_k=20, forced_id=document["facts"]["forced_id"])
+    assert sent == build_request([sent["prompt"]], top_k=20, forced_id=document["facts"]["forced_id"])
     assert len(sent["prompt"]) == document["facts"]["num_ids"]
 
 

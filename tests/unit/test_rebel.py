@@ -201,7 +201,7 @@ def random_rollout(rule: MergeRule, experts: tuple[str, ...], *, seed: int) -> R
         torch.from_numpy(rng.uniform(-2, -1, num_steps)),
         torch.zeros(num_steps, len(experts)),
         torch.zeros(num_steps),
-        0,
+        torch.zeros(num_steps, dtype=torch.long),
     )
 
 

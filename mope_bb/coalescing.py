@@ -1,0 +1,80 @@
+"""Questions that wait together travel together, for endpoints and models that take lists."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
+from typing import Generic, TypeVar
+
+Q = TypeVar("Q")
+A = TypeVar("A")
+
+
+class Coalescer(Generic[Q, A]):
+    """Gathers single questions into lists: what comes up while lists are under way goes with the next one.
+
+    A lone question is not delayed by more than one turn of the event loop.
+    """
+
+    def __init__(
+        self, call: Callable[[Sequence[Q]], Awaitable[Sequence[A | Exception]]], *, max_size: int, max_running: int
+    ) -> None:
+        """`call` answers a list in its order, an exception in the place of an answer where only that one failed."""
+        self._call = call
+        self._max_size = max_size
+        self._max_running = max_running
+        self._waiting: deque[tuple[Q, asyncio.Future[A]]] = deque()
+        self._running: set[asyncio.Task[None]] = set()
+
+    async def ask(self, question: Q) -> A:
+        """The answer to `question`. Raises what the call raised; a list that nobody waits for any more is cancelled."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[A] = loop.create_future()
+        self._waiting.append((question, future))
+        # One turn later, so that all who ask in this turn are together.
+        loop.call_soon(self._begin)
+        return await future
+
+    async def aclose(self) -> None:
+        """Cancel what is under way."""
+        for task in self._running:
+            task.cancel()
+        await asyncio.gather(*self._running, return_exceptions=True)
+
+    def _begin(self) -> None:
+        while self._waiting and len(self._running) < self._max_running:
+            chosen: list[tuple[Q, asyncio.Future[A]]] = []
+            while self._waiting and len(chosen) < self._max_size:
+                question, future = self._waiting.popleft()
+                if not future.done():
+                    chosen.append((question, future))
+            if chosen:
+                task = asyncio.ensure_future(self._serve(chosen))
+                self._running.add(task)
+                for _, future in chosen:
+                    future.add_done_callback(partial(self._abandon, task, [future for _, future in chosen]))
+
+    def _abandon(self, task: asyncio.Task[None], futures: Sequence[asyncio.Future[A]], _: object) -> None:
+        if all(future.cancelled() for future in futures):
+            task.cancel()
+
+    async def _serve(self, chosen: Sequence[tuple[Q, asyncio.Future[A]]]) -> None:
+        try:
+            answers = await self._call([question for question, _ in chosen])
+            for (_, future), answer in zip(chosen, answers, strict=True):
+                if not future.done():
+                    if isinstance(answer, Exception):
+                        future.set_exception(answer)
+                    else:
+                        future.set_result(answer)
+        except Exception as error:  # noqa: BLE001  # handed to the callers
+            for _, future in chosen:
+                if not future.done():
+                    future.set_exception(error)
+        finally:
+            self._running.discard(asyncio.current_task())
+            for _, future in chosen:
+                future.cancel()
+            self._begin()

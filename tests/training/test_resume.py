@@ -1,0 +1,266 @@
+"""Determinism: the asynchronous loop against a plain one, and a killed run against one that nobody disturbed."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mope_bb.config import load_config
+from mope_bb.errors import ConfigError
+from mope_bb.pcm.bench import ExpertBench
+from mope_bb.pcm.mixture import MergeRule
+from mope_bb.pcm.model import load_pcm
+from mope_bb.pcm.rollouts import RolloutRequest
+from mope_bb.rewards.registry import open_reward_panel
+from mope_bb.training.learner import Learner, LearnerOptions, Pair
+from mope_bb.training.ledger import Ledger
+from mope_bb.training.rebel import choose_eta
+from mope_bb.training.scoring import ReferenceDesk, score_pairs
+from mope_bb.training.tasks import StyleSource, TaskSource, load_prompts
+from mope_bb.training.trainer import FEATURE_RATE, PRODUCT_DEFAULTS, served_dimensions
+from mope_bb.types import SamplingOptions
+from mope_bb.zoo.build import Zoo
+
+TIMES = ("seconds", "learner_idle_s", "rollouts_idle_s")
+CONFIG = """
+[train]
+prompts = "prompts.txt"
+max_steps = 6
+batch_size = 3
+max_tokens = 10
+max_staleness = 1
+save_steps = 2
+per_device_train_batch_size = 2
+"""
+REWARDS = """
+import hashlib
+
+def fair(messages, answer):
+    return hashlib.sha256(answer.encode()).digest()[0] / 64
+"""
+
+
+@dataclass(frozen=True)
+class Shop:
+    """A folder with a configuration, in which runs are begun, killed and resumed."""
+
+    path: Path
+
+    def command(self, out: str, *more: str) -> list[str]:
+        """`mope-bb train` into the folder `out`."""
+        return [sys.executable, "-m", "mope_bb", "train", "mope.toml", "--out", out, *more]
+
+    def begin(self, out: str, *more: str) -> subprocess.Popen[bytes]:
+        """Start it in a process of its own."""
+        paths = os.pathsep.join([str(self.path), *filter(None, [os.environ.get("PYTHONPATH")])])
+        return subprocess.Popen(
+            self.command(out, *more),
+            cwd=self.path,
+            env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
+
+    def finish(self, out: str, *more: str) -> None:
+        """Run it to its end."""
+        child = self.begin(out, *more)
+        _, err = child.communicate(timeout=240)
+        assert child.returncode == 0, err.decode()
+
+    def kill(self, out: str, when: Callable[[], bool]) -> None:
+        """Start or resume it, and kill it as soon as `when()`."""
+        child = self.begin(out, "--resume")
+        deadline = time.monotonic() + 120
+        while not when():
+            assert child.poll() is None, ((child.stderr and child.stderr.read()) or b"").decode()
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        child.send_signal(signal.SIGKILL)
+        child.communicate()
+
+    def rows(self, out: str) -> list[dict[str, Any]]:
+        """The metrics without times."""
+        lines = (self.path / out / "metrics.jsonl").read_text().splitlines()
+        return [{key: value for key, value in json.loads(line).items() if key not in TIMES} for line in lines]
+
+    def weights(self, out: str) -> dict[str, torch.Tensor]:
+        """All that was learned."""
+        pcm = load_pcm(str(self.path / out / "checkpoints" / "last"))
+        return {**dict(pcm.model.named_parameters()), "features": pcm.feature_weights}
+
+    def count(self, out: str, query: str) -> int:
+        """A number from the ledger of a run, which may be going on."""
+        file = self.path / out / "ledger.sqlite3"
+        if not file.exists():
+            return 0
+        database = sqlite3.connect(f"file:{file}?mode=ro", uri=True)
+        try:
+            return int(database.execute(query).fetchone()[0])
+        except sqlite3.OperationalError:
+            return 0
+        finally:
+            database.close()
+
+
+def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    """Bit for bit."""
+    return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+@pytest.fixture
+def shop(nano: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Shop:
+    """Three local experts, a reward function, prompts."""
+    experts = "".join(
+        f'[[experts]]\nname = "{name}"\nprovider = "local"\nmodel = "{nano.folder(name)}"\ndevice = "cpu"\n'
+        + ("base = true\n" if name == "base" else f'dimension = "{name}"\n')
+        for name in ("base", "concise", "friendly")
+    )
+    reward = 'reward = { kind = "function", function = "my_rewards_of_resume:fair" }\n'
+    (tmp_path / "mope.toml").write_text(
+        f"{experts}[dimensions.concise]\n{reward}[dimensions.friendly]\n{reward}"
+        f'[pcm]\nbackbone = "{nano.folder("base")}"\ndevice = "cpu"\n{CONFIG}'
+    )
+    (tmp_path / "prompts.txt").write_text("How do I fix a bike?\nHow do I fix a chair?\nHello\nWhat now?\n")
+    (tmp_path / "my_rewards_of_resume.py").write_text(REWARDS)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    monkeypatch.delitem(sys.modules, "my_rewards_of_resume", raising=False)
+    return Shop(tmp_path)
+
+
+def plain_loop(shop: Shop, num_steps: int) -> dict[str, torch.Tensor]:
+    """REBEL as one would write it down: sample a batch, score it, learn from it. No ledger, no tasks, no versions."""
+    config = load_config(shop.path / "mope.toml")
+    options, rule = config.train, MergeRule("product")
+    dimensions = served_dimensions(config)
+    pcm = _fresh_pcm(config.pcm.backbone or "", dimensions)
+    pcm.rule = rule.name
+    source = TaskSource(
+        config, rule, load_prompts(Path(options.prompts or "")), StyleSource(config, dimensions, options.preferences)
+    )
+    panel = open_reward_panel(config, dimensions)
+    sampling = SamplingOptions(max_tokens=options.max_tokens)
+    learner: Learner | None = None
+    with ExpertBench(config, [one.name for one in config.experts]) as bench, Ledger(shop.path / "plain") as ledger:
+        desk = ReferenceDesk(ledger, bench.actor(max_in_flight=1), expert="base", seed=options.seed)
+        for step in range(num_steps):
+            tasks = [source.task(step * options.batch_size + i) for i in range(options.batch_size)]
+            requests: list[RolloutRequest] = [task.requests[place] for place in (0, 1) for task in tasks]
+            rollouts = bench.sampler(pcm).sample(requests, sampling)
+            bench.run(desk.fetch([task.messages for task in tasks], sampling))
+            both = list(zip(rollouts[: len(tasks)], rollouts[len(tasks) :], strict=True))
+            references = [desk.reference(task.messages) for task in tasks]
+            pairs = [one for one in score_pairs(panel, tasks, both, references).results if isinstance(one, Pair)]
+            if learner is None:
+                differences = [pair.rewards[0] - pair.rewards[1] for pair in pairs]
+                rate = PRODUCT_DEFAULTS["learning_rate"]
+                learner = Learner(
+                    pcm,
+                    LearnerOptions(
+                        learning_rate=rate,
+                        per_device_train_batch_size=options.per_device_train_batch_size,
+                        feature_learning_rate=FEATURE_RATE * rate,
+                    ),
+                    eta=choose_eta(differences, target=PRODUCT_DEFAULTS["target_log_ratio"]),
+                )
+            seed = random.Random(f"{options.seed} step {step}").randrange(2**31)
+            learner.step(pairs, seed=seed, share_done=step / num_steps)
+    return {**dict(pcm.model.named_parameters()), "features": pcm.feature_weights}
+
+
+def _fresh_pcm(backbone: str, dimensions: list[str]) -> Any:
+    from mope_bb.pcm.model import build_pcm
+
+    return build_pcm(backbone, dimensions)
+
+
+def test_without_staleness_it_is_the_synchronous_loop(shop: Shop) -> None:
+    """After 20 steps, bit for bit; one version of staleness gives other weights, so the comparison can fail."""
+    torch.set_num_threads(1)
+    file = shop.path / "mope.toml"
+    text = file.read_text().replace("max_steps = 6", "max_steps = 20")
+    file.write_text(text.replace("max_staleness = 1", "max_staleness = 0"))
+    expected = plain_loop(shop, 20)
+    shop.finish("sync")
+    assert equal(shop.weights("sync"), expected)
+    assert [row["staleness_max"] for row in shop.rows("sync")] == [0] * 20
+    file.write_text(text)
+    shop.finish("async")
+    assert not equal(shop.weights("async"), expected)
+    assert [row["staleness_max"] for row in shop.rows("async")] == [0] + [1] * 19
+
+
+def test_a_killed_run_ends_in_the_same_weights(shop: Shop) -> None:
+    """Killed while sampling, while learning between checkpoints, and twice in a row: rows and weights are the same."""
+    shop.finish("whole")
+    shop.kill("killed", lambda: shop.count("killed", "SELECT COUNT(*) FROM pairs") >= 3)
+    shop.kill("killed", lambda: shop.count("killed", "SELECT COALESCE(MAX(step), 0) FROM pairs") >= 4)
+    shop.kill("killed", lambda: shop.count("killed", "SELECT COALESCE(MAX(step), 0) FROM pairs") >= 4)
+    shop.kill("killed", lambda: shop.count("killed", "SELECT COALESCE(MAX(step), 0) FROM pairs") >= 5)
+    shop.finish("killed", "--resume")
+    assert shop.rows("killed") == shop.rows("whole")
+    assert equal(shop.weights("killed"), shop.weights("whole"))
+    for out in ("whole", "killed"):
+        assert shop.count(out, "SELECT COUNT(*) FROM pairs WHERE step IS NOT NULL") == 18
+        assert shop.count(out, "SELECT COUNT(DISTINCT pair) FROM rollouts") == 18
+
+
+def test_ctrl_c_and_more_steps(shop: Shop) -> None:
+    """A run that was stopped by hand goes on where it stood, also with more steps; no step happens twice."""
+    child = shop.begin("run")
+    while shop.count("run", "SELECT COALESCE(MAX(step), 0) FROM pairs") < 3:
+        assert child.poll() is None
+        time.sleep(0.01)
+    child.send_signal(signal.SIGINT)
+    _, err = child.communicate(timeout=60)
+    assert child.returncode == 130
+    assert b"Go on with --resume" in err
+    learned = len(shop.rows("run"))
+    assert load_pcm(str(shop.path / "run" / "checkpoints" / "last")).policy_version == learned >= 2
+    shop.finish("run", "--resume", "--max-steps", "8")
+    assert [row["step"] for row in shop.rows("run")] == list(range(1, 9))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "named"),
+    [
+        ('dimension = "friendly"', 'dimension = "friendly"\ntop_k = 5', r"'experts.friendly.top_k' was 20"),
+        ("batch_size = 3", "batch_size = 4", r"'train.batch_size' was 3 .* 4 now"),
+        ("max_tokens = 10", "max_tokens = 10\nseed = 1", r"'train.seed' was 0"),
+        (
+            '"my_rewards_of_resume:fair" }\n[pcm]',
+            '"my_rewards_of_resume:fair" }\ntext = "Hi."\n[pcm]',
+            r"friendly.text",
+        ),
+    ],
+)
+def test_another_run_is_not_resumed(shop: Shop, old: str, new: str, named: str) -> None:
+    """Changed experts, dimensions or settings that make the run what it is are named; nothing is touched."""
+    from mope_bb.training.runs import check_same_run, describe_run, write_run_file
+
+    def document() -> dict[str, Any]:
+        config = load_config(shop.path / "mope.toml")
+        return describe_run(config, rule="product", reference="base", ablation={}, prompts=[])
+
+    write_run_file(shop.path / "run", document())
+    check_same_run(shop.path / "run", document())
+    file = shop.path / "mope.toml"
+    text = file.read_text()
+    file.write_text(text.replace("max_steps = 6", "max_steps = 9"))
+    check_same_run(shop.path / "run", document())
+    assert old in text
+    file.write_text(text.replace(old, new))
+    with pytest.raises(ConfigError, match=named):
+        check_same_run(shop.path / "run", document())
