@@ -19,9 +19,16 @@ class Coalescer(Generic[Q, A]):
     """
 
     def __init__(
-        self, call: Callable[[Sequence[Q]], Awaitable[Sequence[A | Exception]]], *, max_size: int, max_running: int
+        self,
+        call: Callable[[Sequence[Q]], Awaitable[Sequence[A | Exception]]],
+        *,
+        max_size: int,
+        max_running: int | None,
     ) -> None:
-        """`call` answers a list in its order, an exception in the place of an answer where only that one failed."""
+        """`call` answers a list in its order, an exception in the place of an answer where only that one failed.
+
+        `max_running` is how many lists may be under way at a time; None: any number.
+        """
         self._call = call
         self._max_size = max_size
         self._max_running = max_running
@@ -44,7 +51,7 @@ class Coalescer(Generic[Q, A]):
         await asyncio.gather(*self._running, return_exceptions=True)
 
     def _begin(self) -> None:
-        while self._waiting and len(self._running) < self._max_running:
+        while self._waiting and (self._max_running is None or len(self._running) < self._max_running):
             chosen: list[tuple[Q, asyncio.Future[A]]] = []
             while self._waiting and len(chosen) < self._max_size:
                 question, future = self._waiting.popleft()

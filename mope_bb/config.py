@@ -43,7 +43,11 @@ class ExpertConfig(_Section):
     top_k: Annotated[int, Field(ge=1)] = 20
     timeout_s: Annotated[float, Field(gt=0)] = 60.0
     """Deadline of one question to this expert, retries included."""
+    attempt_timeout_s: Annotated[float, Field(gt=0)] = 20.0
+    """Deadline of each try: after it a question that was swallowed is asked again."""
     max_retries: Annotated[int, Field(ge=0)] = 4
+    max_prompts: Annotated[int, Field(ge=1)] = 32
+    """Prompts in one request, where the endpoint takes lists; 1 sends every question on its own, at once."""
     identity: str | None = None
     """What stands for this model in the cache instead of its address, such as a hash of its weights."""
     device: str = "auto"

@@ -12,6 +12,7 @@
     |   +-- RequestError                   the endpoint refused the request
     |   |   +-- ContextLengthError         prompt and answer exceed the context
     |   +-- MalformedResponseError         a reply that is not what the protocol says
+    |   |   +-- BrokenReplyError           not even JSON                           (retryable)
     |   +-- LogprobsUnavailableError       the endpoint answers, but without logprobs
     +-- AlignmentError(ValueError)         distributions that cannot be merged
     +-- PcmError(RuntimeError)             the Preference Control Model failed
@@ -133,6 +134,12 @@ class MalformedResponseError(ProviderError):
     """The reply is not what the endpoint's protocol says."""
 
     default_hint = "Does `provider` name the software that serves this address?"
+
+
+class BrokenReplyError(MalformedResponseError):
+    """The reply is not even JSON: cut off or garbled on its way."""
+
+    retryable = True
 
 
 class LogprobsUnavailableError(ProviderError):

@@ -23,6 +23,7 @@ import tenacity
 
 from mope_bb.errors import (
     AuthenticationError,
+    BrokenReplyError,
     ConfigError,
     ContextLengthError,
     LogprobsUnavailableError,
@@ -78,12 +79,15 @@ class HttpClient:
         expert: str,
         api_key: str | None = None,
         timeout_s: float = 60.0,
+        attempt_timeout_s: float = 20.0,
         max_retries: int = 4,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
+        """`timeout_s` is the deadline of a request with all its retries, `attempt_timeout_s` that of each try."""
         self.provider = provider
         self.expert = expert
         self._timeout_s = timeout_s
+        self._attempt_timeout_s = attempt_timeout_s
         self._max_retries = max_retries
         headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
         self._client = _build_client(base_url, headers, timeout_s, transport)
@@ -127,12 +131,31 @@ class HttpClient:
     async def _send_once(self, method: str, path: str, content: bytes | None) -> Any:
         self.num_requests += 1
         try:
+            async with asyncio.timeout(self._attempt_timeout_s):
+                response, body = await self._exchange(method, path, content)
+        except TimeoutError:
+            raise self._error(
+                ProviderTimeoutError, f"{self._url(path)} did not answer within {self._attempt_timeout_s:g} s"
+            ) from None
+        if response.status_code != 200:
+            raise self._status_error(response, body, path)
+        try:
+            return orjson.loads(body)
+        except orjson.JSONDecodeError as error:
+            # What begins as JSON, or not at all, was cut or garbled on its way; anything else is another server's.
+            kind = BrokenReplyError if body.lstrip()[:1] in (b"", b"{", b"[") else MalformedResponseError
+            raise self._error(
+                kind, f"the reply of {self._url(path)} is not JSON ({error}): {_excerpt(body)!r}"
+            ) from None
+
+    async def _exchange(self, method: str, path: str, content: bytes | None) -> tuple[httpx.Response, bytes]:
+        try:
             request = self._client.build_request(
                 method, path, content=content, headers={"content-type": "application/json"} if content else None
             )
             response = await self._client.send(request, stream=True)
             try:
-                body = await _read_limited(response)
+                return response, await _read_limited(response)
             finally:
                 await response.aclose()
         except aiohttp.ClientError as error:
@@ -146,14 +169,6 @@ class HttpClient:
         except _ReplyTooLongError:
             raise self._error(
                 MalformedResponseError, f"the reply of {self._url(path)} is longer than {MAX_REPLY_BYTES} bytes"
-            ) from None
-        if response.status_code != 200:
-            raise self._status_error(response, body, path)
-        try:
-            return orjson.loads(body)
-        except orjson.JSONDecodeError as error:
-            raise self._error(
-                MalformedResponseError, f"the reply of {self._url(path)} is not JSON ({error}): {_excerpt(body)!r}"
             ) from None
 
     def _status_error(self, response: httpx.Response, body: bytes, path: str) -> ProviderError:

@@ -42,10 +42,8 @@ from mope_bb.types import Message, Piece, TokenDistribution
 
 CAPABILITIES: Final = Capabilities(max_top_k=None, prefill="ids", byte_exact=True, eos_visible=True, logprob_noise=0.02)
 FORCE_BIAS: Final = 1000.0
-MAX_PROMPTS: Final = 32
-"""In one request."""
-MAX_REQUESTS: Final = 1
-"""Of next-token questions at a time: while one list is computed the next one is on its way."""
+MAX_LISTS: Final = 1
+"""Requests with several prompts at a time: with more the lists become short, which costs more than the wait."""
 END_TOKENS: Final = (
     "<|eot_id|>",
     "<|im_end|>",
@@ -141,6 +139,7 @@ class LlamaCppExpert(IdExpert):
         system: str | None = None,
         tokenizer: ChatTokenizer | None = None,
         cache: DistributionCache | None = None,
+        max_prompts: int = 1,
     ) -> None:
         super().__init__(name, system=system, cache=cache)
         self._client = client
@@ -152,7 +151,7 @@ class LlamaCppExpert(IdExpert):
         self._forced_id = 0
         self._vocab_size: int | None = None
         self._questions: Coalescer[tuple[tuple[int, ...], int], TokenDistribution] = Coalescer(
-            self._ask_together, max_size=MAX_PROMPTS, max_running=MAX_REQUESTS
+            self._ask_together, max_size=max_prompts, max_running=MAX_LISTS if max_prompts > 1 else None
         )
 
     async def encode_prompt(self, messages: Sequence[Message]) -> tuple[int, ...]:
@@ -302,6 +301,7 @@ def open_expert(config: ExpertConfig, cache: DistributionCache | None) -> LlamaC
         expert=config.name,
         api_key=_read_key(config),
         timeout_s=config.timeout_s,
+        attempt_timeout_s=config.attempt_timeout_s,
         max_retries=config.max_retries,
     )
     return LlamaCppExpert(
@@ -312,6 +312,7 @@ def open_expert(config: ExpertConfig, cache: DistributionCache | None) -> LlamaC
         system=config.system,
         tokenizer=load_chat_tokenizer(config.tokenizer) if config.tokenizer else None,
         cache=cache,
+        max_prompts=config.max_prompts,
     )
 
 

@@ -213,10 +213,19 @@ class Ledger:
         """What batch `step` was made of, by id."""
         return self._ended("step = ?", step)
 
-    def restore(self, num_steps: int) -> Restored:
-        """Continue from the checkpoint of step `num_steps`: later steps never happened."""
+    def restore(self, num_steps: int, *, group_size: int) -> Restored:
+        """Continue from the checkpoint of step `num_steps`: later steps never happened.
+
+        Pairs that failed and were not trained are tried again, since what failed may work by now; with them the whole
+        group of `group_size` that they were sampled and scored in, of which the answers that are there are kept.
+        """
         with self._transaction() as database:
             database.execute("UPDATE pairs SET step = NULL WHERE step > ?", (num_steps,))
+            database.execute(
+                "UPDATE pairs SET state = 'dispatched', error = NULL WHERE step IS NULL AND id / ? IN"
+                " (SELECT id / ? FROM pairs WHERE state = 'failed' AND step IS NULL)",
+                (group_size, group_size),
+            )
         unfinished = self._database.execute("SELECT id, version FROM pairs WHERE state = 'dispatched'").fetchall()
         num_dispatched, num_trained = self._database.execute("SELECT COUNT(*), COUNT(step) FROM pairs").fetchone()
         return Restored(tuple(self._ended("step IS NULL")), dict(unfinished), num_dispatched, num_trained)

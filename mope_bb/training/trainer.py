@@ -18,7 +18,7 @@ import json
 import logging
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -99,11 +99,6 @@ class _Group:
     """Of the policy that begins them, counted in the run's own steps."""
     stage: str = "answers"
     """What it waits for."""
-
-    def __str__(self) -> str:
-        first, last = self.tasks[0].pair_id, self.tasks[-1].pair_id
-        pairs = f"pair {first}" if first == last else f"pairs {first} to {last}"
-        return f"the {self.stage} of {pairs}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -484,9 +479,8 @@ class Trainer:
         limit = self._options.stall_timeout_s
         done, _ = await asyncio.wait(under_way, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
         if not done:
-            names = [*map(str, self._running.values()), *(() if learning is None else ("the learner",))]
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise StalledError(f"nothing has ended for {limit:g} s; the run waits for {', '.join(names[:3])}{more}")
+            names = [*describe_groups(self._running.values()), *(() if learning is None else ("the learner",))]
+            raise StalledError(f"nothing has ended for {limit:g} s; the run waits for {', '.join(names)}")
         for task in done:
             if task is learning:
                 self._learning = None
@@ -578,7 +572,8 @@ class Trainer:
                 if name.startswith("optimizer.")
             }
             self._learner.load_state(optimizer, num_steps=self._num_steps)
-        restored = self._ledger.restore(self._num_steps)
+        in_step = bool(self._setup.bench.models)
+        restored = self._ledger.restore(self._num_steps, group_size=self._options.batch_size if in_step else 1)
         self._waiting = {one.pair_id: self._waiting_again(one) for one in restored.ended}
         self._backlog = sorted(restored.unfinished)
         self._unfinished = frozenset(restored.unfinished)
@@ -603,6 +598,14 @@ class Trainer:
             raise TrainingError(f"the ledger lacks the answers of pair {one.pair_id}, which was not trained yet")
         first, second = (decode_rollout(data[place], request) for place, request in enumerate(task.requests))
         return _Waiting(one.version, Pair(first, second, one.rewards))
+
+
+def describe_groups(groups: Iterable[_Group]) -> list[str]:
+    """What pairs that are under way wait for, in words."""
+    ids: dict[str, list[int]] = {}
+    for group in groups:
+        ids.setdefault(group.stage, []).extend(task.pair_id for task in group.tasks)
+    return [f"the {stage} of {len(found)} pairs (the oldest is {min(found)})" for stage, found in ids.items()]
 
 
 def keep_rows(file: Path, num_steps: int) -> None:

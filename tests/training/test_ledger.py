@@ -31,13 +31,16 @@ def filled(folder: Path) -> Ledger:
 
 
 def test_a_resume_finds_what_there_is(tmp_path: Path) -> None:
-    """From the checkpoint of step 1: its pairs stay trained, that of step 2 is free again, answers are kept."""
+    """From the checkpoint of step 1: its pairs stay trained, that of step 2 is free again, answers are kept.
+
+    What failed is tried again: the server may be back.
+    """
     with filled(tmp_path):
         pass
     with Ledger(tmp_path) as ledger:
-        assert ledger.restore(1) == Restored(
-            ended=(Ended(2, 0, (0.0, 1.0)), Ended(3, 0, None, "no answer")),
-            unfinished={4: 1, 5: 1},
+        assert ledger.restore(1, group_size=1) == Restored(
+            ended=(Ended(2, 0, (0.0, 1.0)),),
+            unfinished={3: 0, 4: 1, 5: 1},
             num_dispatched=6,
             num_trained=2,
         )
@@ -52,7 +55,17 @@ def test_no_pair_belongs_to_two_batches(tmp_path: Path) -> None:
     with filled(tmp_path) as ledger:
         with pytest.raises(TrainingError, match="1 pairs of batch 3 were trained before"):
             ledger.lease([3, 0], 3)
-        assert [one.pair_id for one in ledger.restore(2).ended] == [3]
+        ledger.lease([3], 3)
+        restored = ledger.restore(3, group_size=1)
+        assert (restored.ended, set(restored.unfinished), restored.num_trained) == ((), {4, 5}, 4)
+
+
+def test_what_failed_is_tried_again_with_its_group(tmp_path: Path) -> None:
+    """Groups of two: pair 3 failed, so pair 2, which was scored with it, is scored again; its answers are there."""
+    with filled(tmp_path) as ledger:
+        restored = ledger.restore(1, group_size=2)
+        assert (restored.ended, set(restored.unfinished)) == ((), {2, 3, 4, 5})
+        assert ledger.rollouts(2) == {0: b"x", 1: b"x"}
 
 
 def test_bytes_go_when_no_resume_needs_them(tmp_path: Path) -> None:
