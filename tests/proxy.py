@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import math
 import random
+import subprocess
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -84,6 +88,19 @@ class Proxy:
 SESSION: web.AppKey[aiohttp.ClientSession] = web.AppKey("session")
 
 
+def heavy_tail(median_s: float, sigma: float, *, slow_share: float = 0.0, slow_factor: float = 20.0) -> Delay:
+    """Lognormal delays, of a request; `slow_factor` times as long for a share of the prompts, always the same ones."""
+
+    def delay(rng: random.Random, body: Any) -> float:
+        seconds = median_s * math.exp(sigma * rng.gauss(0.0, 1.0))
+        prompt = body["prompt"][0] if isinstance(body["prompt"][0], list) else body["prompt"]
+        # The first ids hold the template and the question, never the answer.
+        is_slow = random.Random(str(prompt[:20])).random() < slow_share
+        return seconds * slow_factor if is_slow else seconds
+
+    return delay
+
+
 @contextmanager
 def running(proxy: Proxy) -> Iterator[Proxy]:
     """Run `proxy` on a thread of its own, on a free port of loopback."""
@@ -125,3 +142,34 @@ def running(proxy: Proxy) -> Iterator[Proxy]:
         stops[0]()
         thread.join(20)
         loop.close()
+
+
+@contextmanager
+def in_process(targets: Mapping[str, str], **latency: float) -> Iterator[Callable[[str], str]]:
+    """A proxy with `heavy_tail` delays in a process of its own; gives name -> address."""
+    order = json.dumps({"targets": dict(targets), "latency": latency})
+    child = subprocess.Popen(
+        [sys.executable, "-m", "tests.proxy"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert child.stdin is not None
+    assert child.stdout is not None
+    try:
+        child.stdin.write(order + "\n")
+        child.stdin.flush()
+        port = int(child.stdout.readline())
+        yield lambda name: f"http://127.0.0.1:{port}/{name}"
+    finally:
+        child.stdin.close()
+        child.wait(20)
+
+
+def main() -> None:
+    """Serve until standard input ends."""
+    order = json.loads(sys.stdin.readline())
+    with running(Proxy(order["targets"], delay=heavy_tail(**order["latency"]))) as proxy:
+        print(proxy.port, flush=True)
+        sys.stdin.read()
+
+
+if __name__ == "__main__":
+    main()

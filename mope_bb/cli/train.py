@@ -37,6 +37,7 @@ ABLATIONS: Final = ("shuffled-rewards", "context-free", "no-features")
 )
 @click.option("--max-steps", type=int, help="Batches of the run.")
 @click.option("--max-minutes", type=float, help="Longest duration; the schedule fits itself to it.")
+@click.option("--max-staleness", type=int, help="Versions that the sampling policy may be behind; 0 = synchronous.")
 @click.option("--seed", type=int, help="Equal seeds train equally.")
 @click.option("--leave-out", multiple=True, metavar="NAMES", help="A combination never to train on; may be repeated.")
 @click.option("--ablation", type=click.Choice(ABLATIONS), help="Leave one thing out, to see what it is good for.")
@@ -51,6 +52,7 @@ def train(  # noqa: PLR0917  # one parameter per flag
     merge: str | None,
     max_steps: int | None,
     max_minutes: float | None,
+    max_staleness: int | None,
     seed: int | None,
     leave_out: tuple[str, ...],
     ablation: str | None,
@@ -68,7 +70,13 @@ def train(  # noqa: PLR0917  # one parameter per flag
 
     if run is not None and config_path is not None:
         raise click.UsageError("give the configuration once: as RUN or as --config")
-    flags = {"prompts": prompts, "max_steps": max_steps, "max_minutes": max_minutes, "seed": seed}
+    flags = {
+        "prompts": prompts,
+        "max_steps": max_steps,
+        "max_minutes": max_minutes,
+        "max_staleness": max_staleness,
+        "seed": seed,
+    }
     settings: dict[str, Any] = {name: value for name, value in flags.items() if value is not None}
     check_flags(settings)
     if leave_out:

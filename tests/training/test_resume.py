@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import os
 import random
 import signal
-import sqlite3
-import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,111 +27,15 @@ from mope_bb.training.tasks import StyleSource, TaskSource, load_prompts
 from mope_bb.training.trainer import FEATURE_RATE, PRODUCT_DEFAULTS, served_dimensions
 from mope_bb.types import SamplingOptions
 from mope_bb.zoo.build import Zoo
-
-TIMES = ("seconds", "learner_idle_s", "rollouts_idle_s")
-CONFIG = """
-[train]
-prompts = "prompts.txt"
-max_steps = 6
-batch_size = 3
-max_tokens = 10
-max_staleness = 1
-save_steps = 2
-per_device_train_batch_size = 2
-"""
-REWARDS = """
-import hashlib
-
-def fair(messages, answer):
-    return hashlib.sha256(answer.encode()).digest()[0] / 64
-"""
-
-
-@dataclass(frozen=True)
-class Shop:
-    """A folder with a configuration, in which runs are begun, killed and resumed."""
-
-    path: Path
-
-    def command(self, out: str, *more: str) -> list[str]:
-        """`mope-bb train` into the folder `out`."""
-        return [sys.executable, "-m", "mope_bb", "train", "mope.toml", "--out", out, *more]
-
-    def begin(self, out: str, *more: str) -> subprocess.Popen[bytes]:
-        """Start it in a process of its own."""
-        paths = os.pathsep.join([str(self.path), *filter(None, [os.environ.get("PYTHONPATH")])])
-        return subprocess.Popen(
-            self.command(out, *more),
-            cwd=self.path,
-            env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-        )
-
-    def finish(self, out: str, *more: str) -> None:
-        """Run it to its end."""
-        child = self.begin(out, *more)
-        _, err = child.communicate(timeout=240)
-        assert child.returncode == 0, err.decode()
-
-    def kill(self, out: str, when: Callable[[], bool]) -> None:
-        """Start or resume it, and kill it as soon as `when()`."""
-        child = self.begin(out, "--resume")
-        deadline = time.monotonic() + 120
-        while not when():
-            assert child.poll() is None, ((child.stderr and child.stderr.read()) or b"").decode()
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
-        child.send_signal(signal.SIGKILL)
-        child.communicate()
-
-    def rows(self, out: str) -> list[dict[str, Any]]:
-        """The metrics without times."""
-        lines = (self.path / out / "metrics.jsonl").read_text().splitlines()
-        return [{key: value for key, value in json.loads(line).items() if key not in TIMES} for line in lines]
-
-    def weights(self, out: str) -> dict[str, torch.Tensor]:
-        """All that was learned."""
-        pcm = load_pcm(str(self.path / out / "checkpoints" / "last"))
-        return {**dict(pcm.model.named_parameters()), "features": pcm.feature_weights}
-
-    def count(self, out: str, query: str) -> int:
-        """A number from the ledger of a run, which may be going on."""
-        file = self.path / out / "ledger.sqlite3"
-        if not file.exists():
-            return 0
-        database = sqlite3.connect(f"file:{file}?mode=ro", uri=True)
-        try:
-            return int(database.execute(query).fetchone()[0])
-        except sqlite3.OperationalError:
-            return 0
-        finally:
-            database.close()
-
-
-def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    """Bit for bit."""
-    return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
+from tests.training.shop import Shop, equal, make_shop
 
 
 @pytest.fixture
 def shop(nano: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Shop:
-    """Three local experts, a reward function, prompts."""
-    experts = "".join(
-        f'[[experts]]\nname = "{name}"\nprovider = "local"\nmodel = "{nano.folder(name)}"\ndevice = "cpu"\n'
-        + ("base = true\n" if name == "base" else f'dimension = "{name}"\n')
-        for name in ("base", "concise", "friendly")
-    )
-    reward = 'reward = { kind = "function", function = "my_rewards_of_resume:fair" }\n'
-    (tmp_path / "mope.toml").write_text(
-        f"{experts}[dimensions.concise]\n{reward}[dimensions.friendly]\n{reward}"
-        f'[pcm]\nbackbone = "{nano.folder("base")}"\ndevice = "cpu"\n{CONFIG}'
-    )
-    (tmp_path / "prompts.txt").write_text("How do I fix a bike?\nHow do I fix a chair?\nHello\nWhat now?\n")
-    (tmp_path / "my_rewards_of_resume.py").write_text(REWARDS)
+    """A shop whose reward function this process can import as well."""
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     monkeypatch.delitem(sys.modules, "my_rewards_of_resume", raising=False)
-    return Shop(tmp_path)
+    return make_shop(tmp_path, nano)
 
 
 def plain_loop(shop: Shop, num_steps: int) -> dict[str, torch.Tensor]:

@@ -1,0 +1,107 @@
+"""Questions that travel together: order, sizes, failures, and lists that nobody waits for."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+import pytest
+
+from mope_bb.coalescing import Coalescer
+
+
+class Server:
+    """Doubles numbers, list by list, each when it is told to."""
+
+    def __init__(self) -> None:
+        self.lists: list[list[int]] = []
+        self.go = asyncio.Event()
+        self.num_cancelled = 0
+
+    async def answer(self, questions: Sequence[int]) -> list[int | Exception]:
+        self.lists.append(list(questions))
+        try:
+            await self.go.wait()
+        except asyncio.CancelledError:
+            self.num_cancelled += 1
+            raise
+        if 99 in questions:
+            raise ConnectionError("the whole list")
+        return [ValueError(str(one)) if one < 0 else 2 * one for one in questions]
+
+
+async def turns(count: int = 5) -> None:
+    """Let everything run that can."""
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
+def test_those_who_ask_together_travel_together() -> None:
+    """One list per turn; while it is under way the next one gathers, up to its size; answers find who asked."""
+
+    async def scene() -> tuple[list[list[int]], list[int]]:
+        server = Server()
+        desk: Coalescer[int, int] = Coalescer(server.answer, max_size=3, max_running=1)
+        first = [asyncio.ensure_future(desk.ask(one)) for one in (1, 2)]
+        await turns()
+        later = [asyncio.ensure_future(desk.ask(one)) for one in (3, 4, 5, 6)]
+        await turns()
+        assert server.lists == [[1, 2]]
+        server.go.set()
+        return server.lists, await asyncio.gather(*first, *later)
+
+    lists, answers = asyncio.run(scene())
+    assert lists == [[1, 2], [3, 4, 5], [6]]
+    assert answers == [2, 4, 6, 8, 10, 12]
+
+
+def test_one_failure_costs_one_question() -> None:
+    """An exception in an answer's place is raised there only; a call that fails is raised everywhere."""
+
+    async def scene() -> list[object]:
+        server = Server()
+        server.go.set()
+        desk: Coalescer[int, int] = Coalescer(server.answer, max_size=2, max_running=None)
+        return list(await asyncio.gather(*map(desk.ask, (1, -1, 99, 2, 3)), return_exceptions=True))
+
+    one, bad, lost, also, three = asyncio.run(scene())
+    assert (one, three) == (2, 6)
+    assert isinstance(bad, ValueError)
+    assert isinstance(lost, ConnectionError)
+    assert isinstance(also, ConnectionError)
+
+
+def test_a_list_that_nobody_waits_for_is_cancelled() -> None:
+    """Not before the last of its askers has gone; one who went before it left is not in it."""
+
+    async def scene() -> Server:
+        server = Server()
+        desk: Coalescer[int, int] = Coalescer(server.answer, max_size=4, max_running=1)
+        asked = [asyncio.ensure_future(desk.ask(one)) for one in (1, 2, 3)]
+        asked[2].cancel()
+        await turns()
+        asked[0].cancel()
+        await turns()
+        assert server.num_cancelled == 0
+        asked[1].cancel()
+        await turns()
+        await desk.aclose()
+        return server
+
+    server = asyncio.run(scene())
+    assert (server.lists, server.num_cancelled) == ([[1, 2]], 1)
+
+
+def test_closing_ends_everything() -> None:
+    """Those who wait are cancelled, not left waiting."""
+
+    async def scene() -> None:
+        server = Server()
+        desk: Coalescer[int, int] = Coalescer(server.answer, max_size=1, max_running=1)
+        asked = asyncio.ensure_future(desk.ask(1))
+        await turns()
+        await desk.aclose()
+        with pytest.raises(asyncio.CancelledError):
+            await asked
+
+    asyncio.run(scene())
