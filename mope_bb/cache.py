@@ -18,6 +18,7 @@ from typing import Any, Final
 import diskcache
 import orjson
 
+from mope_bb.config import CacheConfig, resolve_home
 from mope_bb.errors import ConfigError
 from mope_bb.types import Piece, TokenDistribution
 
@@ -106,6 +107,14 @@ class DistributionCache:
     def close(self) -> None:
         """Close the database of this process."""
         self._cache.close()
+
+
+def open_cache(config: CacheConfig) -> DistributionCache | None:
+    """The cache that `config` describes; None where it is switched off. Raises ConfigError."""
+    if not config.enabled:
+        return None
+    path = Path(config.path) if config.path else resolve_home() / "distributions"
+    return DistributionCache(path, max_bytes=config.max_bytes)
 
 
 def distribution_key(identity: Sequence[str], prompt_ids: Sequence[int], top_k: int) -> str:

@@ -48,6 +48,10 @@ class ExpertConfig(_Section):
     max_retries: Annotated[int, Field(ge=0)] = 4
     max_prompts: Annotated[int, Field(ge=1)] = 32
     """Prompts in one request, where the endpoint takes lists; 1 sends every question on its own, at once."""
+    input_price: Annotated[float, Field(ge=0)] = 0.0
+    """Of a million tokens read, in any currency; `mope-bb train --dry-run` adds it up."""
+    output_price: Annotated[float, Field(ge=0)] = 0.0
+    """Of a million tokens generated."""
     identity: str | None = None
     """What stands for this model in the cache instead of its address, such as a hash of its weights."""
     device: str = "auto"

@@ -16,11 +16,10 @@ import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from os import PathLike
-from pathlib import Path
 from typing import Any, TypeVar
 
-from mope_bb.cache import DistributionCache
-from mope_bb.config import Config, PcmConfig, load_config, resolve_home
+from mope_bb.cache import DistributionCache, open_cache
+from mope_bb.config import Config, PcmConfig, load_config
 from mope_bb.errors import ConfigError, ContextLengthError, PreferenceError
 from mope_bb.inference import choose_device
 from mope_bb.pcm.decode import Plan, decode
@@ -208,7 +207,7 @@ async def open_session(config: Config | str | PathLike[str]) -> AsyncIterator[Se
 def build_session(config: Config | str | PathLike[str]) -> Session:
     """What `open_session` opens; the caller closes it. Loads the PCM, contacts no expert."""
     loaded = config if isinstance(config, Config) else load_config(config)
-    return Session(loaded, cache=_open_cache(loaded))
+    return Session(loaded, cache=open_cache(loaded.cache))
 
 
 class SyncSession:
@@ -315,10 +314,3 @@ def _parse_message(message: object) -> Message:
 
 def _open_pcm(config: PcmConfig) -> PreferenceControlModel | None:
     return None if config.path is None else load_pcm(config.path, device=choose_device(config.device))
-
-
-def _open_cache(config: Config) -> DistributionCache | None:
-    if not config.cache.enabled:
-        return None
-    path = Path(config.cache.path) if config.cache.path else resolve_home() / "distributions"
-    return DistributionCache(path, max_bytes=config.cache.max_bytes)

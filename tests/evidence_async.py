@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
 
-from mope_bb.cli.train import open_setup
+from mope_bb.cli.train_setup import open_setup
 from mope_bb.config import Config, parse_config
 from mope_bb.evaluation.evaluator import renamed
 from mope_bb.evaluation.results import Evaluation, MethodInfo

@@ -150,7 +150,7 @@ def choose_prompts(experts: Experts, count: int, seed: int) -> tuple[Any, ...]:
 
 def wanted_combinations(experts: Experts) -> list[tuple[str, ...]]:
     """The preferences that are asked for: one dimension of each axis, up to three axes."""
-    from mope_bb.training.trainer import served_dimensions
+    from mope_bb.training.tasks import served_dimensions
 
     axes = list(experts.config.train.preferences.axes) or [(name,) for name in served_dimensions(experts.config)]
     size = min(3, len(axes))
@@ -194,7 +194,8 @@ def run_evaluation(
     from mope_bb.pcm.bench import ExpertBench
     from mope_bb.rewards.base import References
     from mope_bb.rewards.registry import open_reward_panel
-    from mope_bb.training.trainer import reference_expert, served_dimensions
+    from mope_bb.training.tasks import served_dimensions
+    from mope_bb.training.trainer import reference_expert
     from mope_bb.types import SamplingOptions
 
     config = experts.config

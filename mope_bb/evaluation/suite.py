@@ -29,7 +29,7 @@ from mope_bb.pcm.bench import ExpertBench
 from mope_bb.pcm.gates import Router
 from mope_bb.pcm.model import PreferenceControlModel
 from mope_bb.pcm.plans import configured_rule
-from mope_bb.training.trainer import served_dimensions
+from mope_bb.training.tasks import served_dimensions
 
 UNIFORM: Final = "uniform mixture"
 WEIGHTED: Final = "user-weighted mixture"

@@ -11,6 +11,7 @@ from typing import Any, Self, TypeVar
 
 from torch import Tensor
 
+from mope_bb.cache import open_cache
 from mope_bb.config import Config
 from mope_bb.errors import ConfigError
 from mope_bb.pcm.actors import Actor, LocalActor, PoolActor
@@ -35,7 +36,8 @@ class ExpertBench:
         self._names = tuple(expert.name for expert in chosen)
         self.models = open_local_models(chosen) if are_local(chosen) else {}
         """The local experts by name; empty when some expert is not local."""
-        self._pool = ExpertPool(chosen, cache=None)
+        self._cache = None if self.models else open_cache(config.cache)
+        self._pool = ExpertPool(chosen, cache=self._cache)
         self._runner = asyncio.Runner()
 
     def sampler(
@@ -72,6 +74,11 @@ class ExpertBench:
         """How often an endpoint was asked, retries included; 0 for local experts."""
         return self._pool.num_requests
 
+    @property
+    def cache_hits(self) -> int:
+        """How often the cache answered."""
+        return 0 if self._cache is None else self._cache.num_hits
+
     async def open(self) -> str:
         """Open all experts and return the fingerprint of their tokenizer. Raises ProviderError and AlignmentError."""
         if self.models:
@@ -92,6 +99,8 @@ class ExpertBench:
         """Free connections and models."""
         with self._runner:
             self._runner.run(self._pool.aclose())
+        if self._cache is not None:
+            self._cache.close()
 
     def __enter__(self) -> Self:
         return self

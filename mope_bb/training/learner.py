@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
+from mope_bb.config import TrainConfig
 from mope_bb.errors import TrainingError
 from mope_bb.pcm.decode import merge_lists
 from mope_bb.pcm.gates import LinearGate
@@ -22,7 +23,14 @@ from mope_bb.pcm.mixture import IMPOSSIBLE, Lists, MergedLists, MergeRule
 from mope_bb.pcm.model import PreferenceControlModel
 from mope_bb.pcm.rollouts import Rollout
 from mope_bb.pcm.runner import build_pcm_messages, response_ids
+from mope_bb.training.lora import add_lora
 from mope_bb.training.rebel import RebelInputs, RebelOutputs, effective_sample_share, rebel_loss
+from mope_bb.training.team import Team
+
+PRODUCT_DEFAULTS: Final = {"learning_rate": 1e-3, "target_log_ratio": 2.0}
+OTHER_DEFAULTS: Final = {"learning_rate": 3e-3, "target_log_ratio": 5.0}
+FEATURE_RATE: Final = 50.0
+"""Times the learning rate: that of the experts' features."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +40,8 @@ class Pair:
     first: Rollout
     second: Rollout
     rewards: tuple[float, float]
+    pair_id: int = -1
+    """Its number in the run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +80,28 @@ class LearnerReport:
     effective_samples: float
     """Share of the answers, after the batch."""
     num_optimizer_steps: int
+
+
+@dataclass(frozen=True, slots=True)
+class Lesson:
+    """What happened in one batch, by optimiser step."""
+
+    learning_rate: float
+    losses: list[float] = field(default_factory=list)
+    """Before each."""
+    norms: list[float] = field(default_factory=list)
+    """Of the gradients, before clipping."""
+
+
+@dataclass(frozen=True, slots=True)
+class LessonPlan:
+    """What a learner must know beside the configuration."""
+
+    eta: float
+    same_ids: bool
+    """Whether the PCM's tokenizer is the experts'."""
+    is_context_free: bool = False
+    uses_features: bool = True
 
 
 class Recorded:
@@ -161,9 +193,14 @@ class Learner:
         eta: float,
         same_ids: bool = True,
         is_context_free: bool = False,
+        team: Team | None = None,
     ) -> None:
-        """`same_ids`: the PCM's tokenizer is the experts'; `is_context_free`: see `heads.PcmRows`."""
+        """`same_ids`: the PCM's tokenizer is the experts'; `is_context_free`: see `heads.PcmRows`.
+
+        `team` shares the work of each optimiser step; every process of it calls `learn` with the same arguments.
+        """
         self.pcm = pcm
+        self._team = team or Team()
         self.eta = eta
         self._record = partial(Recorded, pcm=pcm, same_ids=same_ids, is_context_free=is_context_free)
         self._num_steps = 0
@@ -212,35 +249,38 @@ class Learner:
         return factor * options.learning_rate
 
     def step(self, pairs: Sequence[Pair], *, seed: int, share_done: float) -> LearnerReport:
+        """`learn`, and what came of it."""
+        lesson = self.learn(pairs, seed=seed, share_done=share_done)
+        with torch.no_grad():
+            after, log_ratios = self._evaluate(pairs)
+        return LearnerReport(
+            loss=sum(lesson.losses) / len(lesson.losses),
+            grad_norm=max(lesson.norms),
+            learning_rate=lesson.learning_rate,
+            sign_align=after.sign_align,
+            approx_kl=float(-log_ratios.mean()),
+            effective_samples=effective_sample_share(log_ratios),
+            num_optimizer_steps=len(lesson.losses),
+        )
+
+    def learn(self, pairs: Sequence[Pair], *, seed: int, share_done: float) -> Lesson:
         """Learn from `pairs` (the window: this batch and, if wanted, earlier ones). Raises TrainingError.
 
         `share_done`, in [0, 1), is how much of the run lies behind it: the schedule follows it.
         """
         options = self._options
-        rate = self._set_rate(share_done)
+        lesson = Lesson(self._set_rate(share_done))
         generator = torch.Generator().manual_seed(seed)
-        losses, norms = [], []
         for _ in range(options.num_epochs):
             order = torch.randperm(len(pairs), generator=generator).tolist()
             for first in range(0, len(order), options.per_device_train_batch_size):
                 chosen = [pairs[i] for i in order[first : first + options.per_device_train_batch_size]]
-                outputs, _ = self._evaluate(chosen)
-                norm = self._update(outputs.loss)
-                losses.append(float(outputs.loss.detach()))
-                norms.append(norm)
+                loss, norm = self._update(chosen)
+                lesson.losses.append(loss)
+                lesson.norms.append(norm)
         self._num_steps += 1
         self.pcm.policy_version += 1
-        with torch.no_grad():
-            after, log_ratios = self._evaluate(pairs)
-        return LearnerReport(
-            loss=sum(losses) / len(losses),
-            grad_norm=max(norms),
-            learning_rate=rate,
-            sign_align=after.sign_align,
-            approx_kl=float(-log_ratios.mean()),
-            effective_samples=effective_sample_share(log_ratios),
-            num_optimizer_steps=len(losses),
-        )
+        return lesson
 
     def _evaluate(self, pairs: Sequence[Pair]) -> tuple[RebelOutputs, Tensor]:
         recorded = self._record([rollout for pair in pairs for rollout in (pair.first, pair.second)])
@@ -250,14 +290,65 @@ class Learner:
         rewards = torch.tensor([pair.rewards for pair in pairs])
         return rebel_loss(RebelInputs(new, old, rewards), eta=self.eta), (new - old).detach()
 
-    def _update(self, loss: Tensor) -> float:
+    def _update(self, pairs: Sequence[Pair]) -> tuple[float, float]:
+        """One optimiser step on the mean loss of `pairs`; the loss before it, and the gradient's norm."""
         self._optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss = torch.zeros(())
+        if mine := self._team.share(pairs):
+            # A mean of this process's pairs, weighed so that the processes' parts add up to the mean of all.
+            part = self._evaluate(mine)[0].loss * (len(mine) / len(pairs))
+            part.backward()  # type: ignore[no-untyped-call]
+            loss = part.detach()
+        if self._team.size > 1:
+            for parameter in self._parameters:
+                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            self._team.add_up([loss, *(one.grad for one in self._parameters if one.grad is not None)])
         norm = float(nn.utils.clip_grad_norm_(self._parameters, self._options.max_grad_norm))
         if not math.isfinite(norm):
             raise TrainingError(
-                f"the gradient is {norm} (loss {float(loss.detach()):.3g}); the weights were not changed",
+                f"the gradient is {norm} (loss {float(loss):.3g}); the weights were not changed",
                 hint="Lower `learning_rate`, or look for extreme rewards in metrics.jsonl.",
             )
         self._optimizer.step()
-        return norm
+        return float(loss), norm
+
+
+def prepare_pcm(pcm: PreferenceControlModel, options: TrainConfig, rule: MergeRule) -> None:
+    """Make `pcm` ready to learn for `rule`. Raises ConfigError where peft is wanted and missing."""
+    pcm.rule = rule.name
+    if options.lora_rank:
+        # The backbone stays in bfloat16 on a GPU; peft keeps the adapter in float32.
+        add_lora(pcm, rank=options.lora_rank)
+    else:
+        # AdamW's small steps would be rounded away in bfloat16.
+        pcm.model.float()
+
+
+def open_learner(
+    pcm: PreferenceControlModel, options: TrainConfig, how: LessonPlan, *, team: Team | None = None
+) -> Learner:
+    """The learner of a run; defaults that depend on the rule are filled in."""
+    rate = options.learning_rate or defaults_of(pcm.rule)["learning_rate"]
+    feature_rate = FEATURE_RATE * rate if options.feature_learning_rate is None else options.feature_learning_rate
+    return Learner(
+        pcm,
+        LearnerOptions(
+            learning_rate=rate,
+            weight_decay=options.weight_decay,
+            max_grad_norm=options.max_grad_norm,
+            warmup_steps=options.warmup_steps,
+            lr_scheduler_type=options.lr_scheduler_type,
+            num_epochs=options.num_train_epochs,
+            per_device_train_batch_size=options.per_device_train_batch_size,
+            feature_learning_rate=feature_rate if how.uses_features else 0.0,
+        ),
+        eta=how.eta,
+        same_ids=how.same_ids,
+        is_context_free=how.is_context_free,
+        team=team,
+    )
+
+
+def defaults_of(rule: str | None) -> dict[str, float]:
+    """What suits a merge rule where the configuration is silent."""
+    return PRODUCT_DEFAULTS if rule == "product" else OTHER_DEFAULTS

@@ -45,6 +45,10 @@ class StepMetrics:
     """Next-token questions behind the batch's answers: tokens times experts asked."""
     num_requests: int
     """HTTP requests since the batch before, retries included; 0 for local experts."""
+    requests_per_s: float
+    """Since the batch before."""
+    cache_hits: int
+    """Questions since the batch before that the cache answered: few, since sampled answers differ."""
     learner_idle_s: float
     """How long the learner waited for the batch."""
     rollouts_idle_s: float
@@ -62,6 +66,9 @@ class Course:
     """Of each pair."""
     num_dropped: int
     num_requests: int
+    cache_hits: int
+    step_s: float
+    """Since the batch before."""
     learner_idle_s: float
     rollouts_idle_s: float
     seconds: float
@@ -98,6 +105,8 @@ def measure_step(pairs: Sequence[Pair], report: LearnerReport, eta: float, cours
         staleness_max=max(course.staleness),
         num_questions=sum(len(rollout) * len(rollout.request.plan.asked) for rollout in rollouts),
         num_requests=course.num_requests,
+        requests_per_s=course.num_requests / max(course.step_s, 1e-9),
+        cache_hits=course.cache_hits,
         learner_idle_s=course.learner_idle_s,
         rollouts_idle_s=course.rollouts_idle_s,
         seconds=course.seconds,

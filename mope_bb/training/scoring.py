@@ -98,7 +98,8 @@ def score_pairs(
         if isinstance(one, RewardError) or isinstance(other, RewardError):
             results[place] = one if isinstance(one, RewardError) else other  # type: ignore[assignment]
         else:
-            results[place] = Pair(first, second, (scalarise(one.wins, weights), scalarise(other.wins, weights)))
+            rewards = (scalarise(one.wins, weights), scalarise(other.wins, weights))
+            results[place] = Pair(first, second, rewards, tasks[place].pair_id)
     return Scored(
         [one for one in results if one is not None],
         {

@@ -132,6 +132,20 @@ class TaskSource:
         return Task(pair_id, rng.choice(self._prompts), style, plan, (rng.getrandbits(32), rng.getrandbits(32)))
 
 
+def open_tasks(config: Config, rule: MergeRule, prompts: Sequence[tuple[Message, ...]]) -> TaskSource:
+    """The tasks of the run that `config` describes. Raises ConfigError."""
+    styles = StyleSource(config, served_dimensions(config), config.train.preferences)
+    return TaskSource(config, rule, prompts, styles)
+
+
+def served_dimensions(config: Config) -> list[str]:
+    """Dimensions that have an expert, in the configuration's order. Raises ConfigError if there is none."""
+    served = [expert.dimension for expert in config.experts if expert.dimension is not None and not expert.base]
+    if not served:
+        raise ConfigError("no expert has a dimension, so there is nothing to train", hint="Set `dimension`.")
+    return list(dict.fromkeys(served))
+
+
 def sentence_for(names: Collection[str], wordings: Mapping[str, Sequence[str]], rng: random.Random) -> Preference:
     """A sentence that asks for these dimensions, each in one of its wordings, in any order."""
     order = list(names)
@@ -140,10 +154,13 @@ def sentence_for(names: Collection[str], wordings: Mapping[str, Sequence[str]], 
 
 
 def load_prompts(path: Path) -> tuple[tuple[Message, ...], ...]:
-    """Prompts from a text file (one a line) or JSONL ({"prompt": text} or {"messages": [...]} a line).
+    """Prompts from a text file (one a line), JSONL ({"prompt": text} or {"messages": [...]} a line), or the folder of a
+    Hugging Face dataset with such columns (`Dataset.save_to_disk`).
 
     Raises ConfigError that names the line; an empty file is an error too.
     """
+    if path.is_dir():
+        return _load_dataset(path)
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
@@ -161,11 +178,39 @@ def load_prompts(path: Path) -> tuple[tuple[Message, ...], ...]:
     return tuple(prompts)
 
 
+def _load_dataset(path: Path) -> tuple[tuple[Message, ...], ...]:
+    try:
+        import datasets
+    except ImportError:
+        raise ConfigError(f"reading the dataset {str(path)!r} needs datasets", hint="pip install datasets") from None
+    try:
+        found = datasets.load_from_disk(str(path))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{str(path)!r} is not the folder of a dataset: {error}") from None
+    if isinstance(found, datasets.DatasetDict):
+        raise ConfigError(
+            f"{str(path)!r} holds several datasets: {', '.join(found)}",
+            hint=f"Name one: {str(path / next(iter(found)))!r}.",
+        )
+    columns = [name for name in ("prompt", "messages") if name in found.column_names]
+    if not columns or not len(found):
+        raise ConfigError(
+            f"the dataset {str(path)!r} has {len(found)} rows and the columns {found.column_names}",
+            hint="It needs rows with a column `prompt` (text) or `messages`.",
+        )
+    rows = found.select_columns(columns)
+    return tuple(_parse_prompt(row, f"{str(path)!r}, row {number}") for number, row in enumerate(rows))
+
+
 def _parse_line(line: str, where: str) -> tuple[Message, ...]:
     try:
         found: Any = json.loads(line)
     except ValueError as error:
         raise ConfigError(f"{where}: not valid JSON: {error}") from None
+    return _parse_prompt(found, where)
+
+
+def _parse_prompt(found: Any, where: str) -> tuple[Message, ...]:
     hint = 'Write {"prompt": "..."} or {"messages": [{"role": "user", "content": "..."}]}.'
     if not isinstance(found, dict):
         raise ConfigError(f"{where}: {type(found).__name__}, expected an object", hint=hint)

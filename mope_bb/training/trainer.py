@@ -18,11 +18,13 @@ import json
 import logging
 import random
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Final
+
+from torch import Tensor
 
 from mope_bb.config import Config, TrainConfig
 from mope_bb.errors import (
@@ -43,22 +45,21 @@ from mope_bb.pcm.runner import response_ids
 from mope_bb.rewards.base import RewardPanel
 from mope_bb.threads import in_thread
 from mope_bb.training.admission import Staleness
+from mope_bb.training.board import open_board
 from mope_bb.training.checkpoints import LAST, TrainerState, load_state, save_checkpoint
-from mope_bb.training.learner import Learner, LearnerOptions, Pair
+from mope_bb.training.followers import END_MESSAGE, begin_message, lesson_message
+from mope_bb.training.learner import Learner, LearnerReport, LessonPlan, Pair, defaults_of, open_learner, prepare_pcm
 from mope_bb.training.ledger import Dispatch, Ended, Ledger
-from mope_bb.training.lora import add_lora
 from mope_bb.training.metrics import Course, StepMetrics, measure_step, row_of
 from mope_bb.training.rebel import choose_eta
 from mope_bb.training.records import decode_rollout, encode_rollout
 from mope_bb.training.runs import check_same_run, describe_run, holds_run, write_run_file
 from mope_bb.training.scoring import ReferenceDesk, prompt_key, score_pairs
-from mope_bb.training.tasks import StyleSource, Task, TaskSource
+from mope_bb.training.tasks import Task, open_tasks
+from mope_bb.training.team import Team
 from mope_bb.types import Message, SamplingOptions
 
 Prompts = Sequence[tuple[Message, ...]]
-PRODUCT_DEFAULTS: Final = {"learning_rate": 1e-3, "target_log_ratio": 2.0}
-OTHER_DEFAULTS: Final = {"learning_rate": 3e-3, "target_log_ratio": 5.0}
-FEATURE_RATE: Final = 50.0
 METRICS: Final = "metrics.jsonl"
 LEARNER_ENDS_WITHIN_S: Final = 120.0
 _log = logging.getLogger(__name__)
@@ -88,6 +89,8 @@ class TrainingSetup:
     prompts: Prompts
     output_dir: Path
     ablation: Ablation = field(default_factory=Ablation)
+    team: Team = field(default_factory=Team)
+    """Learner processes; this one is the first."""
 
 
 @dataclass(eq=False)
@@ -118,8 +121,7 @@ class Trainer:
         self._setup = setup
         self._options: TrainConfig = setup.config.train
         options = self._options
-        styles = StyleSource(setup.config, served_dimensions(setup.config), options.preferences)
-        self._source = TaskSource(setup.config, setup.rule, setup.prompts, styles)
+        self._source = open_tasks(setup.config, setup.rule, setup.prompts)
         self._sampling = SamplingOptions(max_tokens=options.max_tokens)
         self._reference = reference_expert(setup.config)
         # What is left for the first lesson of a pair: the window then holds it for window - 1 versions more.
@@ -137,13 +139,7 @@ class Trainer:
                 " (`max_staleness`) is learned from",
                 hint=f"Set `max_staleness` to {options.window - 1} or more.",
             )
-        setup.pcm.rule = setup.rule.name
-        if options.lora_rank:
-            # The backbone stays in bfloat16 on a GPU; peft keeps the adapter in float32.
-            add_lora(setup.pcm, rank=options.lora_rank)
-        else:
-            # AdamW's small steps would be rounded away in bfloat16.
-            setup.pcm.model.float()
+        prepare_pcm(setup.pcm, options, setup.rule)
         self._first_version = setup.pcm.policy_version
         self._num_steps = 0
         self._learner: Learner | None = None
@@ -158,7 +154,8 @@ class Trainer:
         self._started = time.monotonic()
         self._idle_since: dict[str, float] = {}
         self._idle_s = {"learner": 0.0, "rollouts": 0.0}
-        self._num_requests = 0
+        self._num_requests = self._cache_hits = 0
+        self._last_step = time.monotonic()
         self._num_answers = 0
         self._unfinished: frozenset[int] = frozenset()
         self._is_torn = False
@@ -196,7 +193,10 @@ class Trainer:
         many of its answers there are, of how many. Raises TrainingError, ProviderError, RewardError and ConfigError.
         """
         self._on_step, self._on_answers = on_step, on_answers
-        self._setup.bench.run(self._run(resume=resume))
+        try:
+            self._setup.bench.run(self._run(resume=resume))
+        finally:
+            self._setup.team.tell(END_MESSAGE)
 
     async def _run(self, *, resume: bool) -> None:
         setup, options = self._setup, self._options
@@ -210,7 +210,9 @@ class Trainer:
             )
             plain = setup.bench.actor(max_in_flight=options.max_in_flight)
             self._references = ReferenceDesk(self._ledger, plain, expert=self._reference, seed=options.seed)
+            self._board = open_board(setup.output_dir)
             self._mark_idle("learner", "rollouts")
+            self._last_step = time.monotonic()
             try:
                 while self.share_done < 1.0:
                     self._begin_pairs()
@@ -404,7 +406,7 @@ class Trainer:
         lesson = [pair for older in self._window for pair in older]
         seed, share = rng.randrange(2**31), min(self.share_done, 1.0)
         self._is_torn = True
-        report = await in_thread(lambda: learner.step(lesson, seed=seed, share_done=share), name="learner")
+        report = await in_thread(lambda: self._teach(learner, lesson, seed, share), name="learner")
         self._is_torn = False
         self._num_steps = version + 1
         await self._publish()
@@ -415,18 +417,29 @@ class Trainer:
             staleness=[max(0, version - one.version) for one in batch if isinstance(one.result, Pair)],
             num_dropped=len(batch) - len(pairs),
             num_requests=self._setup.bench.num_requests - self._num_requests,
+            cache_hits=self._setup.bench.cache_hits - self._cache_hits,
+            step_s=time.monotonic() - self._last_step,
             learner_idle_s=self._idle_s.pop("learner", 0.0),
             rollouts_idle_s=self._idle_s.pop("rollouts", 0.0),
             seconds=time.monotonic() - self._started,
         )
         self._num_requests += course.num_requests
+        self._cache_hits += course.cache_hits
+        self._last_step = time.monotonic()
         metrics = measure_step(pairs, report, learner.eta, course)
         with (self._setup.output_dir / METRICS).open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(row_of(metrics), allow_nan=False) + "\n")
         if self._num_steps % options.save_steps == 0:
             await self._save_in_passing()
+        self._board(metrics)
         if self._on_step is not None:
             self._on_step(metrics, self.share_done)
+
+    def _teach(self, learner: Learner, pairs: Sequence[Pair], seed: int, share: float) -> LearnerReport:
+        """One batch, with all processes of the team."""
+        if self._setup.team.size > 1:
+            self._setup.team.tell(lesson_message(pairs, seed=seed, share_done=share))
+        return learner.step(pairs, seed=seed, share_done=share)
 
     async def _publish(self) -> None:
         """Hand the newest weights to who samples; deterministic sampling takes those of its version itself."""
@@ -440,35 +453,25 @@ class Trainer:
 
     def _choose_eta(self, pairs: Sequence[Pair]) -> float:
         options = self._options
-        target = options.target_log_ratio or self._defaults["target_log_ratio"]
+        target = options.target_log_ratio or defaults_of(self._setup.rule.name)["target_log_ratio"]
         differences = [pair.rewards[0] - pair.rewards[1] for pair in pairs]
         return choose_eta(differences, target=target) if options.eta == "auto" else options.eta
 
-    @property
-    def _defaults(self) -> dict[str, float]:
-        return PRODUCT_DEFAULTS if self._setup.rule.name == "product" else OTHER_DEFAULTS
-
-    def _open_learner(self, eta: float) -> Learner:
-        """The learner, opened when the first rewards are there to choose eta by."""
-        options = self._options
-        rate = options.learning_rate or self._defaults["learning_rate"]
-        feature_rate = FEATURE_RATE * rate if options.feature_learning_rate is None else options.feature_learning_rate
-        return Learner(
-            self._setup.pcm,
-            LearnerOptions(
-                learning_rate=rate,
-                weight_decay=options.weight_decay,
-                max_grad_norm=options.max_grad_norm,
-                warmup_steps=options.warmup_steps,
-                lr_scheduler_type=options.lr_scheduler_type,
-                num_epochs=options.num_train_epochs,
-                per_device_train_batch_size=options.per_device_train_batch_size,
-                feature_learning_rate=feature_rate if self._setup.ablation.uses_features else 0.0,
-            ),
-            eta=eta,
-            same_ids=self._setup.bench.reads_expert_ids(self._setup.pcm),
-            is_context_free=self._setup.ablation.is_context_free,
+    def _open_learner(self, eta: float, optimizer: Mapping[str, Tensor] | None = None) -> Learner:
+        """The learner, opened when the first rewards are there to choose eta by, or with an earlier one's memory."""
+        setup = self._setup
+        how = LessonPlan(
+            eta,
+            setup.bench.reads_expert_ids(setup.pcm),
+            is_context_free=setup.ablation.is_context_free,
+            uses_features=setup.ablation.uses_features,
         )
+        learner = open_learner(setup.pcm, self._options, how, team=setup.team)
+        if optimizer is not None:
+            learner.load_state(optimizer, num_steps=self._num_steps)
+        if setup.team.size > 1:
+            setup.team.tell(begin_message(how, learner, PolicyWeights.of(setup.pcm), num_steps=self._num_steps))
+        return learner
 
     # ---------------------------------------------------------------- waiting
 
@@ -565,13 +568,12 @@ class Trainer:
             self._started = time.monotonic() - float(facts["seconds"])
             self._weights_of(state, "policy", self._num_steps).load_into(self._setup.pcm)
             self._snapshots = {v: self._weights_of(state, f"snapshot.{v}", v) for v in map(int, facts["snapshots"])}
-            self._learner = self._open_learner(float(facts["eta"]))
             optimizer = {
                 name.removeprefix("optimizer."): value
                 for name, value in state.tensors.items()
                 if name.startswith("optimizer.")
             }
-            self._learner.load_state(optimizer, num_steps=self._num_steps)
+            self._learner = self._open_learner(float(facts["eta"]), optimizer)
         in_step = bool(self._setup.bench.models)
         restored = self._ledger.restore(self._num_steps, group_size=self._options.batch_size if in_step else 1)
         self._waiting = {one.pair_id: self._waiting_again(one) for one in restored.ended}
@@ -597,7 +599,7 @@ class Trainer:
         if len(data) < len(task.requests):
             raise TrainingError(f"the ledger lacks the answers of pair {one.pair_id}, which was not trained yet")
         first, second = (decode_rollout(data[place], request) for place, request in enumerate(task.requests))
-        return _Waiting(one.version, Pair(first, second, one.rewards))
+        return _Waiting(one.version, Pair(first, second, one.rewards, one.pair_id))
 
 
 def describe_groups(groups: Iterable[_Group]) -> list[str]:
@@ -620,14 +622,6 @@ def keep_rows(file: Path, num_steps: int) -> None:
         raise ConfigError(f"{str(file)!r} cannot be read or written: {error}") from None
 
 
-def served_dimensions(config: Config) -> list[str]:
-    """Dimensions that have an expert, in the configuration's order. Raises ConfigError if there is none."""
-    served = [expert.dimension for expert in config.experts if expert.dimension is not None and not expert.base]
-    if not served:
-        raise ConfigError("no expert has a dimension, so there is nothing to train", hint="Set `dimension`.")
-    return list(dict.fromkeys(served))
-
-
 def reference_expert(config: Config) -> str:
     """Whose answer the rewards are measured against. Raises ConfigError."""
     name = config.train.reference or config.roster().base
@@ -645,4 +639,4 @@ def shuffle_rewards(pairs: Sequence[Pair], rng: random.Random) -> list[Pair]:
     """The same pairs with the batch's rewards dealt out at random."""
     rewards = [reward for pair in pairs for reward in pair.rewards]
     rng.shuffle(rewards)
-    return [Pair(pair.first, pair.second, (rewards[2 * i], rewards[2 * i + 1])) for i, pair in enumerate(pairs)]
+    return [replace(pair, rewards=(rewards[2 * i], rewards[2 * i + 1])) for i, pair in enumerate(pairs)]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from mope_bb.cli.train import View
+from mope_bb.cli.train_view import View
 from mope_bb.pcm.model import load_pcm
 from tests.rewards.conftest import save_llama
 
@@ -276,3 +276,42 @@ def test_a_long_batch_is_told_about(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     for done in range(1, 5):
         view.show_answers(done, 9)
     assert capsys.readouterr().err.splitlines() == ["sampling: 2 of 9 answers", "sampling: 4 of 9 answers"]
+
+
+def test_a_dry_run_asks_nobody(mope: Run, folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Questions, tokens and cost of the run, from the configuration alone; nothing is sampled and nothing written."""
+    monkeypatch.setattr("mope_bb.pcm.bench.ExpertBench.__init__", lambda *args: pytest.fail("an expert was opened"))
+    config = Path(folder.config(more="[train.preferences]\nsentences = 0\nopposites = 0\n"))
+    config.write_text(
+        config.read_text().replace('name = "base"', 'name = "base"\ninput_price = 2.0\noutput_price = 10.0')
+    )
+    result = mope("train", str(config), "-o", "new", "--dry-run")
+    assert result.status == 0, result.err
+    lines = result.out.splitlines()
+    # 2 batches of 3 pairs: 12 answers, and the reference answers to two prompts.
+    assert lines[0].startswith("2 batches of 3 pairs: 12 answers, at most 2 reference answers")
+    assert lines[1].startswith("Asked for an answer: base 100%, concise ")
+    assert [line.split(":")[0] for line in lines[2:]] == [f"Answers of {n} tokens" for n in (1, 3, 6)]
+    assert all("next-token questions" in line and "cost " in line for line in lines[2:])
+    assert not Path("new").exists()
+
+
+def test_the_configuration_is_given_once(mope: Run, folder: Folder) -> None:
+    """As an argument or as an option, not both."""
+    config = folder.config()
+    assert mope("train", config, "-c", config, "-o", "new").status == CONFIGURATION
+    assert mope("train", config, "-o", "new", "--max-steps", "1").status == 0
+
+
+def test_resume_goes_on_or_begins(mope: Run, folder: Folder) -> None:
+    """The same command line begins the run and goes on with it; without a folder there is nothing to go on with."""
+    command = ("train", folder.config(), "-o", "new", "--resume")
+    assert mope(*command, "--max-steps", "1").status == 0
+    assert mope(*command).status == 0
+    assert [row["step"] for row in rows_of(Path("new"))] == [1, 2]
+    assert mope(*command).out == "new/checkpoints/last\n"
+    mope("train", folder.config(), "--resume").assert_refused(CONFIGURATION, "--resume needs the folder", "--out")
+    config = folder.config(more="seed = 3\n")
+    mope("train", config, "-o", "new", "--resume").assert_refused(
+        CONFIGURATION, "cannot be resumed", "'train.seed' was 0 when it began and is 3 now"
+    )

@@ -22,6 +22,19 @@ from mope_bb.pcm.model import load_pcm
 from mope_bb.zoo.build import Zoo
 
 TIMES = ("seconds", "learner_idle_s", "rollouts_idle_s")
+LAUNCH = [
+    "-m",
+    "accelerate.commands.launch",
+    "--cpu",
+    "--num_machines",
+    "1",
+    "--mixed_precision",
+    "no",
+    "--dynamo_backend",
+    "no",
+    "--num_cpu_threads_per_process",
+    "1",
+]
 CONFIG = """
 [train]
 prompts = "prompts.txt"
@@ -46,24 +59,21 @@ class Shop:
 
     path: Path
 
-    def command(self, out: str, *more: str) -> list[str]:
-        """`mope-bb train` into the folder `out`."""
-        return [sys.executable, "-m", "mope_bb", "train", "mope.toml", "--out", out, *more]
-
-    def begin(self, out: str, *more: str) -> subprocess.Popen[bytes]:
-        """Start it in a process of its own."""
+    def begin(self, out: str, *more: str, num_processes: int = 1) -> subprocess.Popen[bytes]:
+        """Start `mope-bb train` into the folder `out`, with so many learner processes."""
+        launch = [*LAUNCH, "--num_processes", str(num_processes)] if num_processes > 1 else []
         paths = os.pathsep.join([str(self.path), *filter(None, [os.environ.get("PYTHONPATH")])])
         return subprocess.Popen(
-            self.command(out, *more),
+            [sys.executable, *launch, "-m", "mope_bb", "train", "mope.toml", "--out", out, *more],
             cwd=self.path,
             env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
         )
 
-    def finish(self, out: str, *more: str) -> None:
+    def finish(self, out: str, *more: str, num_processes: int = 1) -> None:
         """Run it to its end."""
-        child = self.begin(out, *more)
+        child = self.begin(out, *more, num_processes=num_processes)
         _, err = child.communicate(timeout=240)
         assert child.returncode == 0, err.decode()
 

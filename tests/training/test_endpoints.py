@@ -26,8 +26,8 @@ from mope_bb.pcm.model import PreferenceControlModel, load_pcm
 from mope_bb.rewards.base import RewardPanel
 from mope_bb.rewards.function import FunctionReward
 from mope_bb.training.metrics import StepMetrics
-from mope_bb.training.tasks import StyleSource, TaskSource
-from mope_bb.training.trainer import Trainer, TrainingSetup, served_dimensions
+from mope_bb.training.tasks import open_tasks
+from mope_bb.training.trainer import Trainer, TrainingSetup
 from mope_bb.types import Message
 from mope_bb.zoo.serving import ZooServer
 from tests.proxy import FAULTS, Proxy, running
@@ -88,8 +88,7 @@ class Runs:
 
     def needed(self, config: Config) -> int:
         """How many questions the answers in the ledger took, by their lengths and by who was asked."""
-        styles = StyleSource(config, served_dimensions(config), config.train.preferences)
-        source = TaskSource(config, MergeRule("product"), PROMPTS, styles)
+        source = open_tasks(config, MergeRule("product"), PROMPTS)
         with sqlite3.connect(self.path / "run" / "ledger.sqlite3") as database:
             rows = database.execute("SELECT pair, num_tokens FROM rollouts").fetchall()
         return sum(num_tokens * len(source.task(pair).plan.asked) for pair, num_tokens in rows)

@@ -19,12 +19,11 @@ from mope_bb.pcm.mixture import MergeRule
 from mope_bb.pcm.model import load_pcm
 from mope_bb.pcm.rollouts import RolloutRequest
 from mope_bb.rewards.registry import open_reward_panel
-from mope_bb.training.learner import Learner, LearnerOptions, Pair
+from mope_bb.training.learner import FEATURE_RATE, PRODUCT_DEFAULTS, Learner, LearnerOptions, Pair
 from mope_bb.training.ledger import Ledger
 from mope_bb.training.rebel import choose_eta
 from mope_bb.training.scoring import ReferenceDesk, score_pairs
-from mope_bb.training.tasks import StyleSource, TaskSource, load_prompts
-from mope_bb.training.trainer import FEATURE_RATE, PRODUCT_DEFAULTS, served_dimensions
+from mope_bb.training.tasks import load_prompts, open_tasks, served_dimensions
 from mope_bb.types import SamplingOptions
 from mope_bb.zoo.build import Zoo
 from tests.training.shop import Shop, equal, make_shop
@@ -45,9 +44,7 @@ def plain_loop(shop: Shop, num_steps: int) -> dict[str, torch.Tensor]:
     dimensions = served_dimensions(config)
     pcm = _fresh_pcm(config.pcm.backbone or "", dimensions)
     pcm.rule = rule.name
-    source = TaskSource(
-        config, rule, load_prompts(Path(options.prompts or "")), StyleSource(config, dimensions, options.preferences)
-    )
+    source = open_tasks(config, rule, load_prompts(Path(options.prompts or "")))
     panel = open_reward_panel(config, dimensions)
     sampling = SamplingOptions(max_tokens=options.max_tokens)
     learner: Learner | None = None
@@ -162,3 +159,19 @@ def test_another_run_is_not_resumed(shop: Shop, old: str, new: str, named: str) 
     file.write_text(text.replace(old, new))
     with pytest.raises(ConfigError, match=named):
         check_same_run(shop.path / "run", document())
+
+
+def test_two_learner_processes_are_one(shop: Shop) -> None:
+    """`accelerate launch` with two processes on the CPU gives the weights of one, up to the order of a sum.
+
+    In two parts, so that the second process also has to take over weights and optimiser from a checkpoint.
+    """
+    for steps in ("3", "6"):
+        shop.finish("one", "--resume", "--max-steps", steps)
+        shop.finish("two", "--resume", "--max-steps", steps, num_processes=2)
+    one, two = shop.weights("one"), shop.weights("two")
+    for name, value in two.items():
+        torch.testing.assert_close(value, one[name], rtol=1e-4, atol=1e-5)
+    assert [row["step"] for row in shop.rows("two")] == list(range(1, 7))
+    for row, expected in zip(shop.rows("two"), shop.rows("one"), strict=True):
+        assert row["loss"] == pytest.approx(expected["loss"], rel=1e-3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -106,11 +107,11 @@ def test_a_file_without_prompts_is_an_error(tmp_path: Path, name: str, content: 
 
 
 def test_a_file_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:
-    """Not there, a folder, not UTF-8: each one ConfigError."""
+    """Not there, not UTF-8: each one ConfigError."""
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
     with pytest.raises(ConfigError, match="there is no prompt file"):
         load_prompts(tmp_path / "nothing.txt")
-    for name in (".", "latin.txt"):
+    for name in ("latin.txt",):
         with pytest.raises(ConfigError, match="cannot be read"):
             load_prompts(tmp_path / name)
 
@@ -273,3 +274,30 @@ def test_sizes_that_cannot_be_drawn_are_an_error() -> None:
     config = config_of(axes=AXES[:1], sizes=(0.0, 0.0, 1.0))
     with pytest.raises(ConfigError, match="leaves no preference"):
         StyleSource(config, POLES, config.train.preferences)
+
+
+def test_prompts_of_a_dataset_on_disk(tmp_path: Path) -> None:
+    """A Hugging Face dataset's columns `prompt` or `messages`; what is wrong with it is named."""
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_dict({"prompt": ["one", "two"], "other": [1, 2]}).save_to_disk(str(tmp_path / "good"))
+    assert load_prompts(tmp_path / "good") == ((Message("user", "one"),), (Message("user", "two"),))
+    messages = [[{"role": "system", "content": "S"}, {"role": "user", "content": "Q"}]]
+    datasets.Dataset.from_dict({"messages": messages}).save_to_disk(str(tmp_path / "chat"))
+    assert load_prompts(tmp_path / "chat") == ((Message("system", "S"), Message("user", "Q")),)
+    datasets.Dataset.from_dict({"text": ["one"]}).save_to_disk(str(tmp_path / "bad"))
+    with pytest.raises(ConfigError, match=r"1 rows and the columns \['text'\]"):
+        load_prompts(tmp_path / "bad")
+    datasets.Dataset.from_dict({"prompt": ["one", ""]}).save_to_disk(str(tmp_path / "empty"))
+    with pytest.raises(ConfigError, match="row 1: neither"):
+        load_prompts(tmp_path / "empty")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ConfigError, match="is not the folder of a dataset"):
+        load_prompts(tmp_path / "folder")
+
+
+def test_a_dataset_needs_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder without the package datasets: one error that says what to install."""
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ConfigError, match="needs datasets") as caught:
+        load_prompts(tmp_path)
+    assert "pip install datasets" in str(caught.value.hint)

@@ -24,20 +24,18 @@ from mope_bb.pcm.model import load_pcm
 from mope_bb.pcm.rollouts import FailedRollout, Rollout, RolloutRequest
 from mope_bb.rewards.base import RewardPanel, win_probability
 from mope_bb.rewards.function import FunctionReward
-from mope_bb.training.learner import Learner, LearnerReport, Pair
+from mope_bb.training.learner import OTHER_DEFAULTS, PRODUCT_DEFAULTS, Learner, LearnerReport, Pair
 from mope_bb.training.ledger import Ledger
 from mope_bb.training.metrics import StepMetrics
 from mope_bb.training.rebel import choose_eta
 from mope_bb.training.scoring import prompt_key
+from mope_bb.training.tasks import served_dimensions
 from mope_bb.training.trainer import (
-    OTHER_DEFAULTS,
-    PRODUCT_DEFAULTS,
     Ablation,
     Prompts,
     Trainer,
     TrainingSetup,
     reference_expert,
-    served_dimensions,
     shuffle_rewards,
 )
 from mope_bb.types import Message
