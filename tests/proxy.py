@@ -64,14 +64,20 @@ class Proxy:
                 self.num_faults[fault] += 1
                 return await self._fail(request, fault)
             await asyncio.sleep(self.delay(rng, content))
+        try:
+            status, data = await self._forward(request, f"{self.targets[name]}/{path}", body)
+        except aiohttp.ClientError as error:
+            return web.Response(status=502, text=str(error))
+        if path == "completion" and status == 200:
+            prompts = content["prompt"] if isinstance(content["prompt"][0], list) else [content["prompt"]]
+            self.questions.update((name, str(prompt)) for prompt in prompts)
+        return web.Response(status=status, body=data, content_type="application/json")
+
+    async def _forward(self, request: web.Request, url: str, body: bytes) -> tuple[int, bytes]:
         async with request.app[SESSION].request(
-            request.method, f"{self.targets[name]}/{path}", data=body, headers={"content-type": "application/json"}
+            request.method, url, data=body, headers={"content-type": "application/json"}
         ) as reply:
-            data = await reply.read()
-            if path == "completion" and reply.status == 200:
-                prompts = content["prompt"] if isinstance(content["prompt"][0], list) else [content["prompt"]]
-                self.questions.update((name, str(prompt)) for prompt in prompts)
-            return web.Response(status=reply.status, body=data, content_type="application/json")
+            return reply.status, await reply.read()
 
     async def _fail(self, request: web.Request, fault: str) -> web.StreamResponse:
         if fault == "hang":

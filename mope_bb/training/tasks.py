@@ -198,8 +198,10 @@ def _load_dataset(path: Path) -> tuple[tuple[Message, ...], ...]:
             f"the dataset {str(path)!r} has {len(found)} rows and the columns {found.column_names}",
             hint="It needs rows with a column `prompt` (text) or `messages`.",
         )
-    rows = found.select_columns(columns)
-    return tuple(_parse_prompt(row, f"{str(path)!r}, row {number}") for number, row in enumerate(rows))
+    return tuple(
+        _parse_prompt({name: row[name] for name in columns}, f"{str(path)!r}, row {number}")
+        for number, row in enumerate(found)
+    )
 
 
 def _parse_line(line: str, where: str) -> tuple[Message, ...]:
