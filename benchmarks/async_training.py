@@ -28,7 +28,8 @@ from mope_bb.pcm.model import load_pcm
 from mope_bb.rewards.base import RewardPanel
 from mope_bb.rewards.function import FunctionReward
 from mope_bb.training.learner import Learner, LearnerReport
-from mope_bb.training.trainer import Trainer, TrainingSetup
+from mope_bb.training.runs import TrainingSetup
+from mope_bb.training.trainer import Trainer
 from mope_bb.types import Message
 from mope_bb.zoo.build import build_zoo
 from mope_bb.zoo.serving import serve_zoo

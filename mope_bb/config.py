@@ -101,6 +101,9 @@ class PcmConfig(_Section):
     backbone: str | None = None
     """A causal Hugging Face model on which `train` builds a new PCM where there is no path."""
     device: str = "auto"
+    reads_names: bool = False
+    """Whether the PCM also reads a preference that is given as names or weights, as in the paper; the same in training
+    and use. Then it learns combinations by heart, and does worse on those it was not trained on."""
 
 
 class MergeConfig(_Section):

@@ -66,7 +66,7 @@ def evaluate(  # noqa: PLR0917  # one parameter per flag
     Writes evaluation.json and report.html. The zoo is asked about questions that were held out of all training, and
     judged by its reward models and by an oracle that training never saw.
     """
-    from mope_bb.cli.zoo_choice import choose_experts, new_folder, use_cores
+    from mope_bb.cli.zoo_choice import choose_experts, new_folder, reading_names, use_cores
 
     if ceilings and (config_path is not None or prompts is not None):
         raise ConfigError(
@@ -78,6 +78,9 @@ def evaluate(  # noqa: PLR0917  # one parameter per flag
     experts = choose_experts(
         config_path, size=zoo_size, seed=zoo_seed, train={} if prompts is None else {"prompts": prompts}
     )
+    if context_free:
+        # As they were trained: see `mope-bb train --ablation context-free`.
+        experts = replace(experts, config=reading_names(experts.config))
     if prompts is not None:
         # The oracle knows the zoo's own questions only.
         experts = replace(experts, zoo=None)
@@ -194,8 +197,7 @@ def run_evaluation(
     from mope_bb.pcm.bench import ExpertBench
     from mope_bb.rewards.base import References
     from mope_bb.rewards.registry import open_reward_panel
-    from mope_bb.training.tasks import served_dimensions
-    from mope_bb.training.trainer import reference_expert
+    from mope_bb.training.tasks import reference_expert, served_dimensions
     from mope_bb.types import SamplingOptions
 
     config = experts.config

@@ -58,7 +58,7 @@ def train(  # noqa: PLR0917  # one parameter per flag
     """
     from mope_bb.cli.train_setup import learn_along, open_setup, show_estimate
     from mope_bb.cli.train_view import live
-    from mope_bb.cli.zoo_choice import choose_experts, new_folder, use_cores
+    from mope_bb.cli.zoo_choice import choose_experts, new_folder, reading_names, use_cores
     from mope_bb.training.team import join_team
 
     if run is not None and config_path is not None:
@@ -79,21 +79,22 @@ def train(  # noqa: PLR0917  # one parameter per flag
         check_folder(out, resume=resume)
     use_cores()
     experts = choose_experts(run or config_path, size=zoo_size, seed=zoo_seed, train=settings)
-    is_zoo = experts.zoo is not None
+    is_zoo, chosen = experts.zoo is not None, experts.config
+    if ablation == "context-free":
+        # Scores that depend on the preference alone: it must be read in any form.
+        chosen = reading_names(chosen)
     if dry_run:
-        show_estimate(experts.config, merge, is_zoo=is_zoo)
+        show_estimate(chosen, merge, is_zoo=is_zoo)
         return
     if team.rank > 0:
-        learn_along(team, experts.config, merge, is_zoo=is_zoo)
+        learn_along(team, chosen, merge, is_zoo=is_zoo)
         return
-    out = out or experts.config.train.output_dir
+    out = out or chosen.train.output_dir
     check_folder(out, resume=resume)
     if resume and out is None:
         raise ConfigError("--resume needs the folder of the run", hint="Pass --out, or set `output_dir` in [train].")
     folder = new_folder(out, "runs")
-    with open_setup(
-        experts.config, merge, folder, ablation=ablation, is_zoo=experts.zoo is not None, team=team
-    ) as setup:
+    with open_setup(chosen, merge, folder, ablation=ablation, is_zoo=experts.zoo is not None, team=team) as setup:
         from mope_bb.training.trainer import Trainer
 
         trainer = Trainer(setup)

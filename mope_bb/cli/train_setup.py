@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from mope_bb.config import Config
     from mope_bb.pcm.mixture import MergeRule
     from mope_bb.pcm.model import PreferenceControlModel
+    from mope_bb.training.runs import Prompts, TrainingSetup
     from mope_bb.training.team import Team
-    from mope_bb.training.trainer import Prompts, TrainingSetup
 
 
 @contextmanager
@@ -32,9 +32,9 @@ def open_setup(
     """Open everything that a run needs; what is wrong is told before anything is sampled. Raises ConfigError."""
     from mope_bb.pcm.bench import ExpertBench
     from mope_bb.rewards.registry import open_reward_panel
-    from mope_bb.training.tasks import served_dimensions
+    from mope_bb.training.runs import Ablation, TrainingSetup
+    from mope_bb.training.tasks import reference_expert, served_dimensions
     from mope_bb.training.team import Team
-    from mope_bb.training.trainer import Ablation, TrainingSetup, reference_expert
 
     rule, base = choose_rule(config, merge), config.roster().base
     reference, dimensions = reference_expert(config), served_dimensions(config)
@@ -119,8 +119,7 @@ def styled_experts(config: Config) -> list[str]:
 def show_estimate(config: Config, merge: str | None, *, is_zoo: bool) -> None:
     """Print what the run would ask for. Raises ConfigError; asks nobody."""
     from mope_bb.training.estimate import estimate_run
-    from mope_bb.training.tasks import open_tasks
-    from mope_bb.training.trainer import reference_expert
+    from mope_bb.training.tasks import open_tasks, reference_expert
 
     prompts, options = find_prompts(config, is_zoo=is_zoo), config.train
     source, tokenizer = open_tasks(config, choose_rule(config, merge), prompts), open_pcm(config).tokenizer

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
     from mope_bb.training.metrics import StepMetrics
-    from mope_bb.training.trainer import TrainingSetup
+    from mope_bb.training.runs import TrainingSetup
 
 SILENCE_S: Final = 30.0
 

@@ -40,6 +40,11 @@ def choose_experts(path: str | None, *, size: str, seed: int, train: dict[str, A
     return Experts(local_config(build_with_bar(size=size, seed=seed), train=train), ZooJudge())
 
 
+def reading_names(config: Config) -> Config:
+    """`config` with a PCM that reads a preference in every form (`[pcm] reads_names`)."""
+    return config.model_copy(update={"pcm": config.pcm.model_copy(update={"reads_names": True})})
+
+
 def use_cores() -> None:
     """One torch thread: matrices this small gain little from two, and lose much while a neighbour is busy."""
     import torch

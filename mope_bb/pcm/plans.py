@@ -49,6 +49,6 @@ def _text_for_pcm(config: Config, preference: Preference) -> str:
     """
     if preference.text is not None:
         return preference.text
-    served = set(config.roster().names())
+    served = set() if config.pcm.reads_names else set(config.roster().names())
     unserved = {name: weight for name, weight in preference.weights.items() if name not in served}
     return describe_preference(Preference(unserved), config.dimension_texts())

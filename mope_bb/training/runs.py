@@ -1,18 +1,25 @@
-"""What identifies a run, so that only the same run is resumed: `run.json` in its folder."""
+"""A run: what it works with, and what identifies it, so that only the same run is resumed (`run.json`)."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 from mope_bb.config import Config
 from mope_bb.errors import ConfigError
+from mope_bb.pcm.bench import ExpertBench
+from mope_bb.pcm.mixture import MergeRule
+from mope_bb.pcm.model import PreferenceControlModel
+from mope_bb.rewards.base import RewardPanel
 from mope_bb.training.scoring import prompt_key
+from mope_bb.training.team import Team
 from mope_bb.types import Message
 
+Prompts = Sequence[tuple[Message, ...]]
 FILE: Final = "run.json"
 FREE: Final = frozenset(
     {
@@ -29,6 +36,34 @@ FREE: Final = frozenset(
 )
 """Settings of [train] that a resumed run may change."""
 EXPERT_FIELDS: Final = ("provider", "model", "dimension", "base", "system", "top_k")
+
+
+@dataclass(frozen=True, slots=True)
+class Ablation:
+    """What a run leaves out, to show what it was good for."""
+
+    shuffles_rewards: bool = False
+    """Rewards are dealt out at random within each batch: nothing can be learned from them."""
+    is_context_free: bool = False
+    """The PCM's scores before the first token hold for the whole answer."""
+    uses_features: bool = True
+    """Whether the experts' features have a weight."""
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingSetup:
+    """Everything a run needs, opened."""
+
+    config: Config
+    rule: MergeRule
+    pcm: PreferenceControlModel
+    bench: ExpertBench
+    panel: RewardPanel
+    prompts: Prompts
+    output_dir: Path
+    ablation: Ablation = field(default_factory=Ablation)
+    team: Team = field(default_factory=Team)
+    """Learner processes; this one is the first."""
 
 
 def describe_run(
@@ -90,3 +125,15 @@ def _first_difference(before: Any, now: Any, where: str) -> str | None:
                 return found
         return None
     return None if before == now else f"{where.rstrip('.')!r} was {before!r} when it began and is {now!r} now"
+
+
+def keep_rows(file: Path, num_steps: int) -> None:
+    """Drop the rows of metrics.jsonl after step `num_steps`, and a torn last one. Raises ConfigError."""
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= num_steps]
+        temporary = file.with_name(f".{file.name}.tmp")
+        temporary.write_text("".join(kept), encoding="utf-8")
+        temporary.replace(file)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"{str(file)!r} cannot be read or written: {error}") from None

@@ -146,6 +146,19 @@ def served_dimensions(config: Config) -> list[str]:
     return list(dict.fromkeys(served))
 
 
+def reference_expert(config: Config) -> str:
+    """Whose answer the rewards are measured against. Raises ConfigError."""
+    name = config.train.reference or config.roster().base
+    if name is None:
+        raise ConfigError(
+            "rewards are measured against a reference response, and no expert is the base",
+            hint="Set `reference` in [train] to an expert's name, or `base = true` at an expert.",
+        )
+    if name not in {expert.name for expert in config.experts}:
+        raise ConfigError(f"`reference` in [train] is {name!r}, which is no expert")
+    return name
+
+
 def sentence_for(names: Collection[str], wordings: Mapping[str, Sequence[str]], rng: random.Random) -> Preference:
     """A sentence that asks for these dimensions, each in one of its wordings, in any order."""
     order = list(names)

@@ -18,31 +18,25 @@ import json
 import logging
 import random
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Final
 
 from torch import Tensor
 
-from mope_bb.config import Config, TrainConfig
+from mope_bb.config import TrainConfig
 from mope_bb.errors import (
     AllRolloutsFailedError,
     ConfigError,
-    ContextLengthError,
     MopeError,
     StalledError,
     TrainingError,
 )
 from mope_bb.pcm.actors import Actor
-from mope_bb.pcm.bench import ExpertBench
-from mope_bb.pcm.heads import pcm_room
-from mope_bb.pcm.mixture import MergeRule
-from mope_bb.pcm.model import PolicyWeights, PreferenceControlModel
-from mope_bb.pcm.rollouts import FailedRollout, Progress, Rollout, RolloutRequest
-from mope_bb.pcm.runner import response_ids
-from mope_bb.rewards.base import RewardPanel
+from mope_bb.pcm.model import PolicyWeights
+from mope_bb.pcm.rollouts import Progress
 from mope_bb.threads import in_thread
 from mope_bb.training.admission import Staleness
 from mope_bb.training.board import open_board
@@ -51,57 +45,16 @@ from mope_bb.training.followers import END_MESSAGE, begin_message, lesson_messag
 from mope_bb.training.learner import Learner, LearnerReport, LessonPlan, Pair, defaults_of, open_learner, prepare_pcm
 from mope_bb.training.ledger import Dispatch, Ended, Ledger
 from mope_bb.training.metrics import Course, StepMetrics, measure_step, row_of
+from mope_bb.training.pairs import PairGroup, PairMaker, describe_groups
 from mope_bb.training.rebel import choose_eta
-from mope_bb.training.records import decode_rollout, encode_rollout
-from mope_bb.training.runs import check_same_run, describe_run, holds_run, write_run_file
-from mope_bb.training.scoring import ReferenceDesk, prompt_key, score_pairs
-from mope_bb.training.tasks import Task, open_tasks
-from mope_bb.training.team import Team
-from mope_bb.types import Message, SamplingOptions
+from mope_bb.training.records import decode_rollout
+from mope_bb.training.runs import TrainingSetup, check_same_run, describe_run, holds_run, keep_rows, write_run_file
+from mope_bb.training.scoring import ReferenceDesk, prompt_key
+from mope_bb.training.tasks import open_tasks, reference_expert
 
-Prompts = Sequence[tuple[Message, ...]]
 METRICS: Final = "metrics.jsonl"
 LEARNER_ENDS_WITHIN_S: Final = 120.0
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Ablation:
-    """What a run leaves out, to show what it was good for."""
-
-    shuffles_rewards: bool = False
-    """Rewards are dealt out at random within each batch: nothing can be learned from them."""
-    is_context_free: bool = False
-    """The PCM's scores before the first token hold for the whole answer."""
-    uses_features: bool = True
-    """Whether the experts' features have a weight."""
-
-
-@dataclass(frozen=True, eq=False)
-class TrainingSetup:
-    """Everything a run needs, opened."""
-
-    config: Config
-    rule: MergeRule
-    pcm: PreferenceControlModel
-    bench: ExpertBench
-    panel: RewardPanel
-    prompts: Prompts
-    output_dir: Path
-    ablation: Ablation = field(default_factory=Ablation)
-    team: Team = field(default_factory=Team)
-    """Learner processes; this one is the first."""
-
-
-@dataclass(eq=False)
-class _Group:
-    """Pairs that are sampled and scored together."""
-
-    tasks: tuple[Task, ...]
-    version: int
-    """Of the policy that begins them, counted in the run's own steps."""
-    stage: str = "answers"
-    """What it waits for."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,7 +75,6 @@ class Trainer:
         self._options: TrainConfig = setup.config.train
         options = self._options
         self._source = open_tasks(setup.config, setup.rule, setup.prompts)
-        self._sampling = SamplingOptions(max_tokens=options.max_tokens)
         self._reference = reference_expert(setup.config)
         # What is left for the first lesson of a pair: the window then holds it for window - 1 versions more.
         self._staleness = Staleness(options.max_staleness - (options.window - 1), options.batch_size)
@@ -149,14 +101,13 @@ class Trainer:
         self._backlog: list[int] = []
         self._num_dispatched = 0
         self._num_ended = 0
-        self._running: dict[asyncio.Task[None], _Group] = {}
+        self._running: dict[asyncio.Task[None], PairGroup] = {}
         self._learning: asyncio.Task[None] | None = None
         self._started = time.monotonic()
         self._idle_since: dict[str, float] = {}
         self._idle_s = {"learner": 0.0, "rollouts": 0.0}
         self._num_requests = self._cache_hits = 0
         self._last_step = time.monotonic()
-        self._num_answers = 0
         self._unfinished: frozenset[int] = frozenset()
         self._is_torn = False
         self._num_saved = 0
@@ -209,7 +160,16 @@ class Trainer:
                 is_context_free=setup.ablation.is_context_free,
             )
             plain = setup.bench.actor(max_in_flight=options.max_in_flight)
-            self._references = ReferenceDesk(self._ledger, plain, expert=self._reference, seed=options.seed)
+            references = ReferenceDesk(self._ledger, plain, expert=self._reference, seed=options.seed)
+            self._maker = PairMaker(
+                setup,
+                self._ledger,
+                self._actor,
+                references,
+                unfinished=self._unfinished,
+                first_version=self._first_version,
+                on_answers=self._on_answers,
+            )
             self._board = open_board(setup.output_dir)
             self._mark_idle("learner", "rollouts")
             self._last_step = time.monotonic()
@@ -259,7 +219,7 @@ class Trainer:
             self._count_idle("rollouts")
             self._running[asyncio.create_task(self._make_pairs(group))] = group
 
-    def _next_group(self) -> _Group | None:
+    def _next_group(self) -> PairGroup | None:
         """What may begin now."""
         options = self._options
         num_running = sum(len(group.tasks) for group in self._running.values())
@@ -279,95 +239,19 @@ class Trainer:
         version = self._num_steps
         if self._is_deterministic:
             version = max(0, ids[0] // options.batch_size - self._staleness.max_staleness)
-        return _Group(tuple(map(self._source.task, ids)), version)
+        return PairGroup(tuple(map(self._source.task, ids)), version)
 
-    async def _make_pairs(self, group: _Group) -> None:
-        """Sample, score and record the pairs of a group."""
-        answers = await self._sample(group)
-        group.stage = "reference answers"
-        await self._references.fetch([task.messages for task in group.tasks], self._sampling)
-        group.stage = "rewards"
-        both = [(answers[task.pair_id, 0], answers[task.pair_id, 1]) for task in group.tasks]
-        references = [self._references.reference(task.messages) for task in group.tasks]
-        scored = await in_thread(lambda: score_pairs(self._setup.panel, group.tasks, both, references), name="rewards")
+    async def _make_pairs(self, group: PairGroup) -> None:
+        """Make the pairs of a group and record how they ended."""
+        weights = self._snapshots[group.version] if self._is_deterministic else None
+        made, reference_scores = await self._maker.make(group, weights)
         ended = []
-        for task, pair, result in zip(group.tasks, both, scored.results, strict=True):
-            begun = [one.policy_version - self._first_version for one in pair if isinstance(one, Rollout)]
-            waiting = _Waiting(min([group.version, *begun]), result)
-            self._waiting[task.pair_id] = waiting
+        for pair_id, (version, result) in made.items():
             rewards, error = (None, str(result)) if isinstance(result, MopeError) else (result.rewards, None)
-            ended.append(Ended(task.pair_id, waiting.version, rewards, error))
-        self._ledger.end(ended, scored.reference_scores)
+            ended.append(Ended(pair_id, version, rewards, error))
+        self._ledger.end(ended, reference_scores)
+        self._waiting |= {pair_id: _Waiting(version, result) for pair_id, (version, result) in made.items()}
         self._num_ended += len(ended)
-
-    async def _sample(self, group: _Group) -> dict[tuple[int, int], Rollout | FailedRollout]:
-        """The answers of a group by pair and place, without those that an earlier process has sampled."""
-        found: dict[tuple[int, int], Rollout | FailedRollout] = {}
-        for task in group.tasks:
-            if task.pair_id in self._unfinished:
-                for place, data in self._ledger.rollouts(task.pair_id).items():
-                    found[task.pair_id, place] = decode_rollout(data, task.requests[place])
-        # The first answers of all, then the second ones.
-        missing = {
-            (task.pair_id, place): task.requests[place]
-            for place in (0, 1)
-            for task in group.tasks
-            if (task.pair_id, place) not in found
-        }
-        if not missing:
-            return found
-        if self._is_deterministic:
-            await self._actor.load(self._snapshots[group.version])
-        bundles = [missing] if self._actor.samples_in_step else [{key: one} for key, one in missing.items()]
-        try:
-            async with asyncio.TaskGroup() as tasks:
-                sampled = [tasks.create_task(self._sample_bundle(bundle)) for bundle in bundles]
-        except BaseExceptionGroup as error:
-            raise error.exceptions[0] from None
-        for task_of_bundle in sampled:
-            found |= task_of_bundle.result()
-        return found
-
-    async def _sample_bundle(
-        self, requests: dict[tuple[int, int], RolloutRequest]
-    ) -> dict[tuple[int, int], Rollout | FailedRollout]:
-        """Sample answers that begin together and record those that succeed."""
-        in_step, limit = self._actor.samples_in_step, self._options.rollout_timeout_s
-        try:
-            async with asyncio.timeout(None if in_step else limit):
-                sampled = await self._actor.sample(
-                    list(requests.values()), self._sampling, progress=self._on_answers if in_step else None
-                )
-        except TimeoutError:
-            error = TrainingError(f"the answer was not whole after {limit:g} s (`rollout_timeout_s`)")
-            sampled = [FailedRollout(request, error) for request in requests.values()]
-        found = {key: self._readable(one) for key, one in zip(requests, sampled, strict=True)}
-        self._ledger.add_rollouts(
-            [
-                (pair_id, place, one.text, len(one), encode_rollout(one))
-                for (pair_id, place), one in found.items()
-                if isinstance(one, Rollout)
-            ]
-        )
-        if not in_step:
-            self._num_answers += len(found)
-            if self._on_answers is not None:
-                self._on_answers(max(0, self._num_answers), 2 * self._options.batch_size)
-        return found
-
-    def _readable(self, found: Rollout | FailedRollout) -> Rollout | FailedRollout:
-        """A failure for an answer that has outgrown the PCM's context: what acted there cannot be recomputed."""
-        if isinstance(found, FailedRollout):
-            return found
-        pcm, request = self._setup.pcm, found.request
-        same_ids = self._setup.bench.reads_expert_ids(pcm)
-        try:
-            num_ids = sum(map(len, response_ids(pcm, found.pieces[:-1], same_ids=same_ids)))
-            if num_ids < pcm_room(pcm, request):
-                return found
-        except MopeError as error:
-            return FailedRollout(request, error)
-        return FailedRollout(request, ContextLengthError(f"the answer's {num_ids} tokens do not fit the PCM's context"))
 
     # ---------------------------------------------------------------- batches
 
@@ -410,7 +294,7 @@ class Trainer:
         self._is_torn = False
         self._num_steps = version + 1
         await self._publish()
-        self._num_answers -= 2 * len(batch)
+        self._maker.num_answers -= 2 * len(batch)
         course = Course(
             step=self._num_steps,
             # After a resume a pair may be younger than the weights' number: the policy that began it was lost.
@@ -600,39 +484,6 @@ class Trainer:
             raise TrainingError(f"the ledger lacks the answers of pair {one.pair_id}, which was not trained yet")
         first, second = (decode_rollout(data[place], request) for place, request in enumerate(task.requests))
         return _Waiting(one.version, Pair(first, second, one.rewards, one.pair_id))
-
-
-def describe_groups(groups: Iterable[_Group]) -> list[str]:
-    """What pairs that are under way wait for, in words."""
-    ids: dict[str, list[int]] = {}
-    for group in groups:
-        ids.setdefault(group.stage, []).extend(task.pair_id for task in group.tasks)
-    return [f"the {stage} of {len(found)} pairs (the oldest is {min(found)})" for stage, found in ids.items()]
-
-
-def keep_rows(file: Path, num_steps: int) -> None:
-    """Drop the rows of metrics.jsonl after step `num_steps`, and a torn last one. Raises ConfigError."""
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= num_steps]
-        temporary = file.with_name(f".{file.name}.tmp")
-        temporary.write_text("".join(kept), encoding="utf-8")
-        temporary.replace(file)
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"{str(file)!r} cannot be read or written: {error}") from None
-
-
-def reference_expert(config: Config) -> str:
-    """Whose answer the rewards are measured against. Raises ConfigError."""
-    name = config.train.reference or config.roster().base
-    if name is None:
-        raise ConfigError(
-            "rewards are measured against a reference response, and no expert is the base",
-            hint="Set `reference` in [train] to an expert's name, or `base = true` at an expert.",
-        )
-    if name not in {expert.name for expert in config.experts}:
-        raise ConfigError(f"`reference` in [train] is {name!r}, which is no expert")
-    return name
 
 
 def shuffle_rewards(pairs: Sequence[Pair], rng: random.Random) -> list[Pair]:

@@ -26,8 +26,9 @@ from mope_bb.pcm.model import PreferenceControlModel, load_pcm
 from mope_bb.rewards.base import RewardPanel
 from mope_bb.rewards.function import FunctionReward
 from mope_bb.training.metrics import StepMetrics
+from mope_bb.training.runs import TrainingSetup
 from mope_bb.training.tasks import open_tasks
-from mope_bb.training.trainer import Trainer, TrainingSetup
+from mope_bb.training.trainer import Trainer
 from mope_bb.types import Message
 from mope_bb.zoo.serving import ZooServer
 from tests.proxy import FAULTS, Proxy, running

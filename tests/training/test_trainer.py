@@ -28,16 +28,10 @@ from mope_bb.training.learner import OTHER_DEFAULTS, PRODUCT_DEFAULTS, Learner, 
 from mope_bb.training.ledger import Ledger
 from mope_bb.training.metrics import StepMetrics
 from mope_bb.training.rebel import choose_eta
+from mope_bb.training.runs import Ablation, Prompts, TrainingSetup
 from mope_bb.training.scoring import prompt_key
-from mope_bb.training.tasks import served_dimensions
-from mope_bb.training.trainer import (
-    Ablation,
-    Prompts,
-    Trainer,
-    TrainingSetup,
-    reference_expert,
-    shuffle_rewards,
-)
+from mope_bb.training.tasks import reference_expert, served_dimensions
+from mope_bb.training.trainer import Trainer, shuffle_rewards
 from mope_bb.types import Message
 from mope_bb.zoo import DIMENSIONS
 from mope_bb.zoo.build import Zoo
