@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator, Sequence
+from copy import deepcopy
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -13,13 +15,14 @@ import torch
 
 from mope_bb.config import Config, parse_config
 from mope_bb.errors import ContextLengthError, RequestError
+from mope_bb.pcm.actors import Actor
 from mope_bb.pcm.bench import ExpertBench
 from mope_bb.pcm.gates import Router
 from mope_bb.pcm.heads import NoHead, PcmRows
 from mope_bb.pcm.local_models import open_local_models
 from mope_bb.pcm.local_sampler import LocalSampler
 from mope_bb.pcm.mixture import MergeRule
-from mope_bb.pcm.model import PreferenceControlModel, build_pcm, load_pcm
+from mope_bb.pcm.model import PolicyWeights, PreferenceControlModel, build_pcm, load_pcm
 from mope_bb.pcm.plans import build_plan
 from mope_bb.pcm.pool_sampler import PoolSampler
 from mope_bb.pcm.rollouts import FailedRollout, Rollout, RolloutRequest
@@ -301,6 +304,48 @@ def test_served_experts_can_be_learned_from(
                 with monkeypatch.context() as patched:
                     patched.setattr(HttpClient, "_request", refuse)
                     Learner(pcm, LearnerOptions(), eta=1.0).step(pairs, seed=0, share_done=0.0)
+
+
+def test_new_weights_within_an_answer(nano_experts: ZooServer, nano: Zoo) -> None:
+    """An actor goes on with newer weights at the next token; each token's logprob is that of the version it names."""
+    config = nano_experts.config()
+    pcm = train(nano)
+    newer = replace(pcm, model=deepcopy(pcm.model), feature_weights=pcm.feature_weights + 0.5, policy_version=8)
+    with torch.no_grad():
+        newer.model.score.weight.mul_(-2.0)
+    request = RolloutRequest(
+        (Message("user", QUESTIONS[0]),),
+        build_plan(config, parse_preference("concise,friendly"), RULES[0], reads_text=True),
+        seed=3,
+    )
+
+    async def sample(actor: Actor) -> Rollout | FailedRollout:
+        async def change() -> None:
+            while bench.num_requests < asked + 12:  # noqa: ASYNC110  # nobody tells when a request is sent
+                await asyncio.sleep(0)
+            await actor.load(PolicyWeights.of(newer))
+
+        await bench.open()
+        asked = bench.num_requests
+        changing = asyncio.ensure_future(change())
+        (found,) = await actor.sample([request], SamplingOptions(max_tokens=12))
+        await changing
+        await actor.aclose()
+        return found
+
+    with ExpertBench(config, [expert.name for expert in config.experts]) as bench:
+        rollout = bench.run(sample(bench.actor(pcm, max_in_flight=2)))
+        assert isinstance(rollout, Rollout)
+        versions = rollout.policy_versions
+        assert set(versions.tolist()) == {7, 8}
+        assert (rollout.policy_version, versions.tolist()) == (7, sorted(versions.tolist()))
+        for policy in (pcm, newer):
+            recorded = Recorded([rollout], policy)
+            with torch.no_grad():
+                logprobs, _ = recompute(policy, recorded)
+            own = versions == policy.policy_version
+            torch.testing.assert_close(logprobs.double()[own], recorded.old_logprobs[own], rtol=0, atol=1e-4)
+            assert not torch.allclose(logprobs.double()[~own], recorded.old_logprobs[~own], rtol=0, atol=1e-4)
 
 
 def test_folders_are_loaded_once(nano: Zoo, tmp_path: Path) -> None:

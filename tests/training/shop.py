@@ -62,7 +62,7 @@ class Shop:
     def begin(self, out: str, *more: str, num_processes: int = 1) -> subprocess.Popen[bytes]:
         """Start `mope-bb train` into the folder `out`, with so many learner processes."""
         launch = [*LAUNCH, "--num_processes", str(num_processes)] if num_processes > 1 else []
-        paths = os.pathsep.join([str(self.path), *filter(None, [os.environ.get("PYTHONPATH")])])
+        paths = os.pathsep.join([str(self.path), REPOSITORY, *filter(None, [os.environ.get("PYTHONPATH")])])
         return subprocess.Popen(
             [sys.executable, *launch, "-m", "mope_bb", "train", "mope.toml", "--out", out, *more],
             cwd=self.path,

@@ -381,3 +381,33 @@ def test_unknown_device_is_refused() -> None:
     for name in ("cuda:99", "gpu"):
         with pytest.raises(ConfigError, match=name):
             choose_device(name)
+
+
+def test_new_weights_between_two_forwards() -> None:
+    """After `swap` rows are those of the new weights alone, also for answers that were half read, and say so."""
+    model = llama()
+    runner = BatchedModel(model, name="tiny", mark="old")
+    ids = list(range(1, 20))
+
+    def load() -> str:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1.1)
+        return "new"
+
+    async def run() -> list[tuple[Tensor, str]]:
+        first = await runner.marked_row(ids[:-1])
+        before, _, after = await asyncio.gather(runner.marked_row(ids[:-1]), runner.swap(load), runner.marked_row(ids))
+        return [first, before, after]
+
+    try:
+        expected_before = plain(model, ids[:-1])
+        first, before, after = asyncio.run(run())
+        assert [mark for _, mark in (first, before, after)] == ["old", "old", "new"]
+        torch.testing.assert_close(first[0], expected_before, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(before[0], expected_before, rtol=1e-4, atol=1e-4)
+        check(model, [ids], [after[0]])
+        with pytest.raises(ZeroDivisionError):
+            asyncio.run(runner.swap(lambda: 1 // 0))
+    finally:
+        runner.close()

@@ -74,3 +74,28 @@ def test_sentences_ask_everyone_if_they_are_read() -> None:
     assert "be nice" in plan.preference_text
     with pytest.raises(PreferenceError):
         build_plan(config, sentence, MergeRule("product"), reads_text=False)
+
+
+@pytest.mark.parametrize(
+    ("preference", "expected"),
+    [
+        ("concise", ""),
+        ("concise=0.7,friendly=0.3", ""),
+        ("concise,witty", "Make me laugh."),
+        ("concise=0.5,witty=0.3,dry=0.2", "Make me laugh. (30%) dry (20%)"),
+        ("Short and friendly, please.", "Short and friendly, please."),
+    ],
+)
+def test_the_pcm_reads_what_the_weights_do_not_say(preference: str, expected: str) -> None:
+    """Names of served dimensions are in lambda already; sentences, and dimensions without an expert, are read."""
+    dimensions = {"concise": {"text": "Be brief."}, "witty": {"text": "Make me laugh."}, "dry": {}}
+    config = config_of(*STYLED, dimensions=dimensions)
+    plan = build_plan(config, parse_preference(preference), MergeRule(), reads_text=True)
+    assert plan.preference_text == expected
+
+
+def test_a_pcm_can_read_names_as_well() -> None:
+    """`reads_names`: every form of a preference is text."""
+    config = config_of(*STYLED, dimensions={"concise": {"text": "Be brief."}}, pcm={"reads_names": True})
+    plan = build_plan(config, parse_preference("concise=0.75,friendly=0.25"), MergeRule(), reads_text=True)
+    assert plan.preference_text == "Be brief. (75%) friendly (25%)"
