@@ -21,7 +21,9 @@ import torch
 from mope_bb.pcm.model import load_pcm
 from mope_bb.zoo.build import Zoo
 
-TIMES = ("seconds", "learner_idle_s", "rollouts_idle_s")
+TIMES = ("seconds", "learner_idle_s", "rollouts_idle_s", "requests_per_s")
+REPOSITORY = str(Path(__file__).parents[2])
+"""Children run the code that these tests belong to, wherever another copy is installed."""
 LAUNCH = [
     "-m",
     "accelerate.commands.launch",
