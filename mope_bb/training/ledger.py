@@ -182,9 +182,16 @@ class Ledger:
             for one in pairs:
                 rewards = one.rewards or (None, None)
                 database.execute(
-                    "UPDATE pairs SET state = ?, first_reward = ?, second_reward = ?, error = ?, ended_at = ?"
-                    " WHERE id = ?",
-                    ("failed" if one.rewards is None else "complete", *rewards, one.error, now, one.pair_id),
+                    "UPDATE pairs SET state = ?, version = ?, first_reward = ?, second_reward = ?, error = ?,"
+                    " ended_at = ? WHERE id = ?",
+                    (
+                        "failed" if one.rewards is None else "complete",
+                        one.version,
+                        *rewards,
+                        one.error,
+                        now,
+                        one.pair_id,
+                    ),
                 )
             for prompt, scores in reference_scores.items():
                 row = database.execute("SELECT scores FROM reference_answers WHERE prompt = ?", (prompt,)).fetchone()

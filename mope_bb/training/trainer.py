@@ -204,7 +204,8 @@ class Trainer:
         else:
             write_run_file(setup.output_dir, document)
             self._started = time.monotonic()
-        self._snapshots[self._num_steps] = PolicyWeights.of(setup.pcm)
+        if self._is_deterministic:
+            self._snapshots[self._num_steps] = PolicyWeights.of(setup.pcm)
 
     # ------------------------------------------------------------------ pairs
 
