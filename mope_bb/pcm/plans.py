@@ -45,7 +45,7 @@ def _text_for_pcm(config: Config, preference: Preference) -> str:
     """What the weights lambda do not say: a sentence, or the dimensions that no expert serves.
 
     A PCM that also read what lambda says would learn combinations by heart: with combinations that it was not trained
-    on it then kept 64 % of its gain instead of 86 % (docs/design-notes.md).
+    on it then kept 64 % of its gain instead of 84 % (docs/design-notes.md).
     """
     if preference.text is not None:
         return preference.text
