@@ -249,11 +249,11 @@ def run_facts(folder: Path, config: Config) -> dict[str, Any]:
 
 def train_with_faults(shop: Workshop) -> dict[str, Any]:
     """A tenth of the next-token requests fails: status 500, reset, garbage, silence."""
-    steps = 8
+    steps = 4
     with serve_zoo(build_zoo()) as server, running(Proxy(server.base_urls, fault_rate=FAULT_RATE)) as proxy:
         data = server.config_data()
         data["experts"] = [{**one, "base_url": proxy.url(one["name"])} for one in data["experts"]]
-        config = with_training(data, {"attempt_timeout_s": 5.0, "max_retries": 8}, max_steps=steps)
+        config = with_training(data, {"attempt_timeout_s": 2.0, "max_retries": 8}, max_steps=steps)
         folder = train(config, shop.folder / "train-faults")
         return {
             "rate": FAULT_RATE,
@@ -267,7 +267,7 @@ def train_with_faults(shop: Workshop) -> dict[str, Any]:
 
 def train_with_slow_prompts(shop: Workshop) -> dict[str, Any]:
     """5 % of the prompts are 20 times slower: the bound, the price of waiting, and whether slow prompts are trained."""
-    steps = 8
+    steps = 6
     delay = heavy_tail(0.02, 0.5, slow_share=SLOW_SHARE)
     with serve_zoo(build_zoo()) as server, running(Proxy(server.base_urls, delay=delay)) as proxy:
         data = server.config_data()
