@@ -39,12 +39,12 @@ from tests.proxy import in_process
 NAMES: Final = ("base", "concise", "friendly")
 LATENCY: Final = {"median_s": 0.08, "sigma": 0.8}
 SEEDS: Final = (0, 1, 2)
-STEPS: Final = 20
+STEPS: Final = 15
 TRAIN: Final = {"batch_size": 8, "max_tokens": 8, "max_in_flight": 32, "max_minutes": None}
 PROMPTS: Final = tuple(
     (Message("user", f"How do I fix a {thing}?"),) for thing in ("bike", "chair", "boat", "lamp", "door", "roof")
 )
-LAST: Final = 8
+LAST: Final = 6
 """Batches whose mean is the final reward."""
 
 
