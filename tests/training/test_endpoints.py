@@ -263,5 +263,6 @@ def write_toml(file: Path, config: Config) -> None:
     lines.append(f'[pcm]\npath = "{config.pcm.path}"\ndevice = "cpu"\n[train]\nprompts = "prompts.txt"')
     names = ("max_steps", "batch_size", "max_tokens", "max_in_flight", "save_steps")
     lines += [f"{name} = {getattr(config.train, name)}" for name in names]
-    lines.append("[train.preferences]\nsentences = 0\n")
+    # What is counted at the proxy must not be answered by an earlier run's cache.
+    lines.append("[train.preferences]\nsentences = 0\n[cache]\nenabled = false\n")
     file.write_text("\n".join(lines))
