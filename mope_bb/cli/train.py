@@ -15,7 +15,7 @@ ABLATIONS: Final = ("shuffled-rewards", "context-free", "no-features")
 @click.command()
 @click.argument("run", type=click.Path(), required=False)
 @click.option("-c", "--config", "config_path", type=click.Path(), help="The same as RUN.")
-@click.option("--prompts", type=click.Path(), help="A text file with a prompt a line, or JSONL.")
+@click.option("--prompts", type=click.Path(), help="Text (a prompt a line), JSONL, or a Hugging Face dataset's folder.")
 @click.option("-o", "--out", type=click.Path(), help="Folder of the run; default runs/DATE-TIME.")
 @click.option("--resume", is_flag=True, help="Go on with the run in --out, if one was begun there; else begin it.")
 @click.option(
