@@ -33,6 +33,7 @@ from tests.evidence import FOLDER, machine_facts, tell
 from tests.evidence_training import FULL, MEASURES, Workshop, commit, numbers
 from tests.proxy import Proxy, heavy_tail, running
 from tests.training.shop import Shop, equal, make_shop
+from tests.training.test_endpoints import NAMES, PROMPTS, Runs, count_ended
 
 STALENESS: Final = (0, 2, 8)
 SCALED: Final = {"max_steps": 24, "batch_size": 16, "max_in_flight": 32, "max_minutes": None, "max_staleness": 2}
@@ -72,6 +73,8 @@ def broken_promises(results: dict[str, Any]) -> list[str]:
     kept = {
         "kills: weights or rows differ": all(one["equal"] for one in results["kills"]["runs"]),
         "kills: fewer than promised": results["kills"]["num_kills"] >= NUM_KILLS,
+        "kills over HTTP: fewer than promised": results["kills_over_http"]["num_kills"] >= NUM_KILLS,
+        "kills over HTTP: paid again": again_paid(results["kills_over_http"]) <= 0,
         "over HTTP: less gain than in this process": all(
             results["over_http"]["difference"][measure][2] >= 0 for measure in MEASURES
         ),
@@ -79,6 +82,13 @@ def broken_promises(results: dict[str, Any]) -> list[str]:
         "slow prompts: the bound": results["slow_prompts"]["staleness_max"] <= SCALED["max_staleness"],
     }
     return [name for name, is_kept in kept.items() if not is_kept]
+
+
+def again_paid(kills: dict[str, int]) -> int:
+    """Questions that were answered beyond those of whole answers, of references and of what the kills interrupted."""
+    under_way = kills["num_kills"] * kills["most_under_way_at_a_kill"]
+    allowed = kills["questions_needed"] + kills["questions_of_references_at_most"] + under_way
+    return kills["questions_answered"] - allowed
 
 
 # ---------------------------------------------------------------------- kills
@@ -115,6 +125,48 @@ def kill_runs(_: Workshop) -> dict[str, Any]:
             )
             tell(f"kills: {num_kills} of {NUM_KILLS}: {runs[-1]}")
         return {"num_kills": num_kills, "runs": runs}
+
+
+def kill_over_http(_: Workshop) -> dict[str, Any]:
+    """The same over HTTP, where it costs calls: a run on llama.cpp behind a proxy that counts what is answered."""
+    rng = random.Random(0)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        serve_zoo(build_zoo(size="nano")) as server,
+        running(Proxy({name: server.base_urls[name] for name in NAMES})) as proxy,
+    ):
+        runs = Runs(server, proxy, Path(folder))
+        config = runs.config(max_steps=16, save_steps=2)
+        command = runs.prepare_child(config)
+        ledger, num_kills = runs.path / "run" / "ledger.sqlite3", 0
+        while num_kills < NUM_KILLS:
+            child = runs.begin_child(command)
+            before = count_ended(ledger)
+            while child.poll() is None and count_ended(ledger) <= before:
+                time.sleep(0.002)
+            time.sleep(rng.uniform(0.0, 0.1))
+            if child.poll() is not None:
+                break
+            child.send_signal(signal.SIGKILL)
+            child.communicate()
+            num_kills += 1
+            tell(f"kills over HTTP: {num_kills} of {NUM_KILLS}, {count_ended(ledger)} pairs")
+        child = runs.begin_child(command)
+        child.communicate(timeout=300)
+        asked, needed, options = sum(proxy.questions.values()), runs.needed(config), config.train
+        with sqlite3.connect(ledger) as database:
+            num_pairs, num_trained = database.execute("SELECT COUNT(*), COUNT(step) FROM pairs").fetchone()
+            (again,) = database.execute("SELECT SUM(num_dispatches - 1) FROM pairs").fetchone()
+    return {
+        "num_kills": num_kills,
+        "num_pairs": num_pairs,
+        "num_trained": num_trained,
+        "questions_needed": needed,
+        "questions_answered": asked,
+        "most_under_way_at_a_kill": options.max_in_flight * options.max_tokens * len(NAMES),
+        "questions_of_references_at_most": len(PROMPTS) * options.max_tokens,
+        "pairs_begun_again": again,
+    }
 
 
 def kill_once(shop: Shop, out: str, kind: str, rng: random.Random) -> bool:
@@ -312,6 +364,7 @@ def distance(one: list[float], other: list[float]) -> float:
 
 PARTS: Final[dict[str, Callable[[Workshop], dict[str, Any]]]] = {
     "kills": kill_runs,
+    "kills_over_http": kill_over_http,
     "staleness": compare_staleness,
     "over_http": train_over_http,
     "faults": train_with_faults,

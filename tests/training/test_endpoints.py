@@ -32,6 +32,7 @@ from mope_bb.training.trainer import Trainer
 from mope_bb.types import Message
 from mope_bb.zoo.serving import ZooServer
 from tests.proxy import FAULTS, Proxy, running
+from tests.training.shop import REPOSITORY
 
 PROMPTS = tuple((Message("user", f"How do I fix a {thing}?"),) for thing in ("bike", "chair", "boat"))
 NAMES = ("base", "concise", "friendly")
@@ -86,6 +87,21 @@ class Runs:
             )
             trainer.run(lambda metrics, share: found.append(metrics), resume=resume)
         return found
+
+    def prepare_child(self, config: Config) -> list[str]:
+        """Write what a process of its own needs, and return its command: begin the run or go on with it."""
+        (self.path / "my_rewards_of_kill.py").write_text(CHILD)
+        (self.path / "prompts.txt").write_text("\n".join(one[0].content for one in PROMPTS))
+        write_toml(self.path / "mope.toml", config)
+        return [sys.executable, "-m", "mope_bb", "train", "mope.toml", "--out", "run", "--resume"]
+
+    def begin_child(self, command: list[str]) -> subprocess.Popen[bytes]:
+        """Start it."""
+        paths = os.pathsep.join([str(self.path), REPOSITORY, os.environ.get("PYTHONPATH", "")])
+        environment = {**os.environ, "PYTHONPATH": paths}
+        return subprocess.Popen(
+            command, cwd=self.path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        )
 
     def needed(self, config: Config) -> int:
         """How many questions the answers in the ledger took, by their lengths and by who was asked."""
@@ -210,21 +226,19 @@ def score(messages, answer):
 def test_a_kill_costs_at_most_what_was_under_way(runs: Runs) -> None:
     """SIGKILL, then --resume: every question of a finished answer is asked once, counted at the proxy."""
     config = runs.config(max_steps=4, save_steps=2)
-    (runs.path / "my_rewards_of_kill.py").write_text(CHILD)
-    (runs.path / "prompts.txt").write_text("\n".join(one[0].content for one in PROMPTS))
-    write_toml(runs.path / "mope.toml", config)
-    command = [sys.executable, "-m", "mope_bb", "train", "mope.toml", "--out", "run", "--resume"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(runs.path), os.environ.get("PYTHONPATH", "")])}
+    command = runs.prepare_child(config)
     num_kills = 0
     for num_ended in (3, 7):
-        child = subprocess.Popen(command, cwd=runs.path, env=environment, stderr=subprocess.PIPE)
+        child = runs.begin_child(command)
         while count_ended(runs.path / "run" / "ledger.sqlite3") < num_ended:
             assert child.poll() is None, child.communicate()[1].decode()
             time.sleep(0.002)
         child.send_signal(signal.SIGKILL)
         child.communicate()
         num_kills += 1
-    subprocess.run(command, cwd=runs.path, env=environment, check=True, stderr=subprocess.DEVNULL, timeout=120)
+    child = runs.begin_child(command)
+    assert child.communicate(timeout=120)
+    assert child.returncode == 0
     config = load_config(runs.path / "mope.toml")
     asked, options = sum(runs.proxy.questions.values()), config.train
     references = len(PROMPTS) * options.max_tokens
