@@ -136,7 +136,7 @@ def kill_over_http(_: Workshop) -> dict[str, Any]:
         running(Proxy({name: server.base_urls[name] for name in NAMES})) as proxy,
     ):
         runs = Runs(server, proxy, Path(folder))
-        config = runs.config(max_steps=16, save_steps=2)
+        config = runs.config(max_steps=30, save_steps=2)
         command = runs.prepare_child(config)
         ledger, num_kills = runs.path / "run" / "ledger.sqlite3", 0
         while num_kills < NUM_KILLS:
