@@ -253,7 +253,7 @@ class Ledger:
         with self._transaction() as database:
             database.execute(
                 "UPDATE rollouts SET data = NULL WHERE data NOT NULL"
-                " AND pair IN (SELECT id FROM pairs WHERE step <= ? OR state = 'failed')",
+                " AND pair IN (SELECT id FROM pairs WHERE step <= ?)",
                 (num_steps,),
             )
 
