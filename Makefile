@@ -39,8 +39,18 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --progress-bar off -c constraints.txt -e '.[zoo,dev]'
 	touch $@
 
+# vLLM on CPU for the tests of tests/engines, in an environment of its own (3 GB): its versions are not the package's.
+VLLM := .venv-vllm
+.PHONY: vllm-env
+vllm-env: $(VLLM)/.installed
+
+$(VLLM)/.installed: tests/engines/requirements-vllm.txt
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --progress-bar off --no-compile --no-deps -r $<
+	touch $@
+
 clean:
-	rm -rf $(VENV) .cache dist build .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(VLLM) .cache dist build .mypy_cache .ruff_cache .pytest_cache
 
 # Two to three hours: what docs/evidence.md rests on. Results go to evidence/.
 .PHONY: evidence

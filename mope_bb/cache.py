@@ -1,7 +1,7 @@
 """Next-token distributions on disk: diskcache without pickle, without eviction.
 
-What identifies a distribution: the model (its `identity`, else provider, address and served name), the prompt's ids,
-the length of the list, and the version of this format. What does not: deadlines, retries, keys, who asked. Only
+What identifies a distribution: the model (its `identity`, else provider, address and served name), the prompt's ids
+(or its text), the length of the list, and the version of this format. What does not: deadlines, retries, keys, who asked. Only
 distributions are kept, never sampled pieces, so that two answers drawn from one cache stay independent.
 """
 
@@ -22,7 +22,7 @@ from mope_bb.config import CacheConfig, resolve_home
 from mope_bb.errors import ConfigError
 from mope_bb.types import Piece, TokenDistribution
 
-FORMAT: Final = 1
+FORMAT: Final = 2
 _SIZE_CHECK_INTERVAL: Final = 256
 _log = logging.getLogger(__name__)
 
@@ -117,16 +117,23 @@ def open_cache(config: CacheConfig) -> DistributionCache | None:
     return DistributionCache(path, max_bytes=config.max_bytes)
 
 
-def distribution_key(identity: Sequence[str], prompt_ids: Sequence[int], top_k: int) -> str:
+def distribution_key(identity: Sequence[str], prompt: Sequence[int] | str, top_k: int) -> str:
     """The cache key of one next-token question; see the module's first lines."""
-    document = orjson.dumps([FORMAT, list(identity), list(prompt_ids), top_k])
+    document = orjson.dumps([FORMAT, list(identity), prompt if isinstance(prompt, str) else list(prompt), top_k])
     return hashlib.sha256(document).hexdigest()
 
 
 def encode_distribution(distribution: TokenDistribution) -> bytes:
     """JSON; bytes as latin-1, which maps every byte to one character and back."""
     pieces = [[piece.data.decode("latin-1"), piece.token_id] for piece in distribution.pieces]
-    return orjson.dumps({"pieces": pieces, "logprobs": distribution.logprobs, "vocab_size": distribution.vocab_size})
+    return orjson.dumps(
+        {
+            "pieces": pieces,
+            "logprobs": distribution.logprobs,
+            "vocab_size": distribution.vocab_size,
+            "is_guess": distribution.is_guess,
+        }
+    )
 
 
 def decode_distribution(data: bytes) -> TokenDistribution:
@@ -135,6 +142,7 @@ def decode_distribution(data: bytes) -> TokenDistribution:
         document = orjson.loads(data)
         pieces = tuple(Piece(text.encode("latin-1"), token_id) for text, token_id in document["pieces"])
         logprobs, vocab_size = tuple(document["logprobs"]), document["vocab_size"]
+        is_guess = document["is_guess"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"not a stored distribution: {error!r}") from None
     sound = (
@@ -143,7 +151,8 @@ def decode_distribution(data: bytes) -> TokenDistribution:
         and all(type(value) is float and value <= 0.0 for value in logprobs)
         and list(logprobs) == sorted(logprobs, reverse=True)
         and (vocab_size is None or type(vocab_size) is int)
+        and type(is_guess) is bool
     )
     if not sound:
         raise ValueError("not a stored distribution: pieces, logprobs or vocabulary size are not as written")
-    return TokenDistribution(pieces, logprobs, vocab_size)
+    return TokenDistribution(pieces, logprobs, vocab_size, is_guess)

@@ -35,12 +35,22 @@ class ChatTokenizer:
 
     def encode_chat(self, messages: Sequence[Message], *, expert: str | None = None) -> tuple[int, ...]:
         """The ids of the rendered template, ready for the answer. Raises RequestError for a control token."""
+        rendered = self.render_chat(messages, expert=expert)
+        return tuple(self._tokenizer.encode(rendered, add_special_tokens=False, verbose=False))
+
+    def render_chat(self, messages: Sequence[Message], *, expert: str | None = None) -> str:
+        """The rendered template as text, ready for the answer. Raises RequestError for a control token."""
         for message in messages:
             refuse_control_token(self.control_token_in(message.content), expert=expert)
-        rendered = self._tokenizer.apply_chat_template(
+        rendered: str = self._tokenizer.apply_chat_template(
             [as_openai(message) for message in messages], tokenize=False, add_generation_prompt=True
         )
-        return tuple(self._tokenizer.encode(rendered, add_special_tokens=False, verbose=False))
+        return rendered
+
+    @property
+    def bos_text(self) -> str:
+        """What many servers put before a text of their own accord; "" where the model has none."""
+        return str(self._tokenizer.bos_token or "")
 
     def encode_text(self, text: str) -> tuple[int, ...]:
         """The ids of plain `text`; what looks like a control token in it is text."""
@@ -77,6 +87,36 @@ class ChatTokenizer:
     def piece(self, token_id: int) -> Piece:
         """The piece of `token_id`; models may have more output rows than the tokenizer has tokens."""
         return self.pieces[token_id] if token_id < len(self.pieces) else Piece(b"", token_id)
+
+    def control_piece(self, text: str) -> Piece | None:
+        """The piece of the control token that is written `text`, if there is one."""
+        token_id = self._ids_of_controls.get(text)
+        return None if token_id is None else self.piece(token_id)
+
+    def piece_of_bytes(self, data: bytes) -> Piece | None:
+        """The piece that adds exactly `data`; None where the tokenizer has none, or several that cannot be told apart."""
+        return self._pieces_by_bytes.get(data)
+
+    @cached_property
+    def _ids_of_controls(self) -> dict[str, int]:
+        added = self._tokenizer.added_tokens_decoder.items()
+        return {token.content: token_id for token_id, token in added if token.special}
+
+    @cached_property
+    def _pieces_by_bytes(self) -> dict[bytes, Piece]:
+        found: dict[bytes, Piece] = {}
+        twice: set[bytes] = set()
+        tokens = self._tokenizer.convert_ids_to_tokens(list(range(len(self.pieces))))
+        fallbacks = [piece for piece, token in zip(self.pieces, tokens, strict=True) if _is_byte_fallback(token)]
+        for piece in self.pieces:
+            if piece.data and piece.data in found and piece not in fallbacks:
+                twice.add(piece.data)
+            elif piece.data and piece not in fallbacks:
+                found[piece.data] = piece
+        # "A" and "<0x41>" add the same byte; a text is made of the first.
+        return {piece.data: piece for piece in fallbacks} | {
+            data: piece for data, piece in found.items() if data not in twice
+        }
 
     @cached_property
     def fingerprint(self) -> str:
@@ -141,8 +181,12 @@ def _byte_level_bytes(token: str) -> bytes:
     return bytes(_BYTE_OF[char] for char in token) if all(char in _BYTE_OF for char in token) else token.encode()
 
 
+def _is_byte_fallback(token: str | None) -> bool:
+    return token is not None and len(token) == 6 and token.startswith("<0x") and token.endswith(">")
+
+
 def _sentencepiece_bytes(token: str) -> bytes:
-    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+    if _is_byte_fallback(token):
         return bytes([int(token[3:5], 16)])
     return token.replace("\u2581", " ").encode()
 

@@ -27,7 +27,7 @@ class ExpertConfig(_Section):
 
     name: Name
     provider: str
-    """llamacpp, local or scripted."""
+    """What serves it: vllm, sglang, llamacpp, openai ...; `mope_bb.providers.registry` has them all."""
     dimension: Name | None = None
     base: bool = False
     """The base model of the product rule; it takes part in other rules only when a preference names it."""
@@ -48,6 +48,10 @@ class ExpertConfig(_Section):
     max_retries: Annotated[int, Field(ge=0)] = 4
     max_prompts: Annotated[int, Field(ge=1)] = 32
     """Prompts in one request, where the endpoint takes lists; 1 sends every question on its own, at once."""
+    api_version: str | None = None
+    """`azure` only: the version of its API."""
+    extra_body: dict[str, Any] = {}
+    """`chat` and its dialects: more fields of each request, such as OpenRouter's choice of a provider."""
     input_price: Annotated[float, Field(ge=0)] = 0.0
     """Of a million tokens read, in any currency; `mope-bb train --dry-run` adds it up."""
     output_price: Annotated[float, Field(ge=0)] = 0.0
@@ -63,24 +67,71 @@ class ExpertConfig(_Section):
 class RewardConfig(_Section):
     """The `reward` of one `[dimensions.NAME]` table: who scores answers in this dimension."""
 
-    kind: Literal["classifier", "function"]
+    kind: Literal["classifier", "function", "remote", "judge"]
     path: str | None = None
-    """`classifier` only: the folder or hub name of a Hugging Face sequence classifier with one label."""
-    function: Annotated[str, Field(pattern=r"^[\w.]+:\w+$")] | None = None
-    """`function` only: the import path of a Python function, "package.module:name"."""
+    """`classifier`: the folder or hub name of a Hugging Face sequence classifier with one label."""
     device: str = "auto"
-    """`classifier` only: auto, cpu, cuda or mps."""
+    """`classifier`: auto, cpu, cuda or mps."""
     batch_size: Annotated[int, Field(ge=1)] = 64
-    """`classifier` only: conversations in one forward."""
+    """`classifier`: conversations in one forward."""
+    function: Annotated[str, Field(pattern=r"^[\w.]+:\w+$")] | None = None
+    """`function`: the import path of a Python function, "package.module:name"."""
+    provider: Literal["vllm", "vllm-pooling", "sglang", "tei"] | None = None
+    """`remote`: the software that serves the reward model."""
+    # What is excluded is left out of the dumps by which a run is recognised: servers may move and get other limits.
+    base_url: Annotated[str | None, Field(exclude=True)] = None
+    """`remote`: the server's address; `judge`: the same up to the API's version, by default OpenAI's."""
+    model: str | None = None
+    """`remote` (vLLM) and `judge`: the served name; with Azure the name of the deployment."""
+    api_key_env: Annotated[str | None, Field(exclude=True)] = None
+    """`remote` and `judge`: the name of the environment variable that holds the key, never the key."""
+    tokenizer: str | None = None
+    """`remote`: the model's tokenizer, a folder or hub name, where we render the chat (sglang, tei); with vLLM, if
+    given, its control tokens are refused in messages."""
+    mode: Literal["pairwise", "graded"] = "pairwise"
+    """`judge`: compares an answer with the reference answer, twice; or grades each answer from 1 to 10."""
+    criterion: str | None = None
+    """`judge`: what it judges by; default the dimension's `text`."""
+    scale: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    """`judge`, graded: nats of Bradley-Terry that one grade is worth."""
+    api_version: Annotated[str | None, Field(exclude=True)] = None
+    """`judge`: the version of Azure's API; with it `base_url` is an Azure resource."""
+    timeout_s: Annotated[float, Field(gt=0, exclude=True)] = 120.0
+    """`remote` and `judge`: deadline of one question, retries included,"""
+    attempt_timeout_s: Annotated[float, Field(gt=0, exclude=True)] = 60.0
+    """of each try,"""
+    max_retries: Annotated[int, Field(ge=0, exclude=True)] = 4
+    """and how often it is asked again."""
+    max_in_flight: Annotated[int, Field(ge=1, exclude=True)] = 16
+    """`remote` and `judge`: questions under way at a time."""
 
     @model_validator(mode="after")
     def _check_kind(self) -> Self:
-        wanted, other = ("path", "function") if self.kind == "classifier" else ("function", "path")
-        if getattr(self, wanted) is None:
-            raise ValueError(f"a reward of kind {self.kind!r} needs `{wanted}`")
-        if getattr(self, other) is not None:
-            raise ValueError(f"a reward of kind {self.kind!r} has no `{other}`")
+        known = _REWARD_SETTINGS[self.kind]
+        if missing := [name for name, is_needed in known.items() if is_needed and getattr(self, name) is None]:
+            raise ValueError(f"a reward of kind {self.kind!r} needs `{missing[0]}`")
+        for name, field in type(self).model_fields.items():
+            if name not in known and name != "kind" and getattr(self, name) != field.default:
+                raise ValueError(f"a reward of kind {self.kind!r} has no `{name}`")
+        if self.provider in ("sglang", "tei") and self.tokenizer is None:
+            raise ValueError(f"a reward model served by {self.provider!r} needs `tokenizer`, to render the chat")
+        if self.scale != 1 and self.mode == "pairwise":
+            raise ValueError("a pairwise judge has no `scale`: it gives no grades")
+        if self.api_version is not None and self.base_url is None:
+            raise ValueError("`api_version` is Azure's: it needs `base_url`, the address of your resource")
         return self
+
+
+_ASKING = dict.fromkeys(
+    ("model", "base_url", "api_key_env", "timeout_s", "attempt_timeout_s", "max_retries", "max_in_flight"), False
+)
+_REWARD_SETTINGS: dict[str, dict[str, bool]] = {
+    "classifier": {"path": True, "device": False, "batch_size": False},
+    "function": {"function": True},
+    "remote": {**_ASKING, "provider": True, "base_url": True, "tokenizer": False},
+    "judge": {**_ASKING, "model": True, "mode": False, "criterion": False, "scale": False, "api_version": False},
+}
+"""Kind of reward -> its settings, and whether it needs them."""
 
 
 class DimensionConfig(_Section):
@@ -92,6 +143,12 @@ class DimensionConfig(_Section):
     """Sentences in which users ask for it; training draws preferences in words from them."""
     reward: RewardConfig | None = None
     """Who scores answers in this dimension; training and evaluation need it."""
+
+    @model_validator(mode="after")
+    def _check_criterion(self) -> Self:
+        if self.reward is not None and self.reward.kind == "judge" and not (self.reward.criterion or self.text):
+            raise ValueError("a judge needs a `criterion`, or the dimension a `text`")
+        return self
 
 
 class PcmConfig(_Section):
@@ -296,7 +353,14 @@ def _anchor(config: Config, directory: Path) -> Config:
         name: section
         if section.reward is None
         else section.model_copy(
-            update={"reward": section.reward.model_copy(update={"path": anchored(section.reward.path)})}
+            update={
+                "reward": section.reward.model_copy(
+                    update={
+                        "path": anchored(section.reward.path),
+                        "tokenizer": anchored(section.reward.tokenizer),
+                    }
+                )
+            }
         )
         for name, section in config.dimensions.items()
     }

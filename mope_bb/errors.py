@@ -11,6 +11,9 @@
     |   +-- AuthenticationError            401, 403
     |   +-- RequestError                   the endpoint refused the request
     |   |   +-- ContextLengthError         prompt and answer exceed the context
+    |   |   +-- TopKError                  a longer list than the endpoint gives
+    |   |   +-- PrefillError               the endpoint does not continue a partial answer
+    |   |   +-- ModelNotFoundError         no model of this name is served there
     |   +-- MalformedResponseError         a reply that is not what the protocol says
     |   |   +-- BrokenReplyError           not even JSON                           (retryable)
     |   +-- LogprobsUnavailableError       the endpoint answers, but without logprobs
@@ -128,6 +131,24 @@ class ContextLengthError(RequestError):
     """Prompt and answer do not fit into the model's context."""
 
     default_hint = "Shorten the conversation, or serve the model with a longer context."
+
+
+class TopKError(RequestError):
+    """The endpoint gives shorter lists than `top_k`."""
+
+    default_hint = "Lower `top_k`, or raise the server's own limit."
+
+
+class PrefillError(RequestError):
+    """The endpoint does not continue a partial answer, so only the first token of an answer can be asked for."""
+
+    default_hint = "Serve this model where an answer can be continued (vLLM, SGLang, llama.cpp), or use it as a judge."
+
+
+class ModelNotFoundError(RequestError):
+    """The endpoint serves no model of this name."""
+
+    default_hint = "Set `model` to a name that GET /v1/models lists."
 
 
 class MalformedResponseError(ProviderError):

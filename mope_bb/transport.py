@@ -11,9 +11,10 @@ import asyncio
 import email.utils
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final, Self, TypeVar
 
 import aiohttp
 import httpx
@@ -28,14 +29,19 @@ from mope_bb.errors import (
     ContextLengthError,
     LogprobsUnavailableError,
     MalformedResponseError,
+    ModelNotFoundError,
+    PrefillError,
     ProviderConnectionError,
     ProviderError,
     ProviderTimeoutError,
     RateLimitError,
     RequestError,
     ServerError,
+    TopKError,
 )
 
+T = TypeVar("T")
+Client = TypeVar("Client", bound=httpx.AsyncClient)
 CONNECT_TIMEOUT_S: Final = 5.0
 MAX_REPLY_BYTES: Final = 64 * 2**20
 MAX_RETRY_AFTER_S: Final = 120.0
@@ -44,7 +50,8 @@ BACKOFF_MAX_S: Final = 8.0
 
 _CONTEXT = re.compile(
     r"maximum context length|context length|exceeds? the available context|longer than the (model|maximum)"
-    r"|exceed_context_size|context_length_exceeded|input length exceeds",
+    r"|exceed_context_size|context_length_exceeded|input length exceeds"
+    r"|`inputs` (tokens \+|must have less than)|input token count.{0,20}exceeds",  # TGI, Gemini
     re.IGNORECASE,
 )
 _NO_LOGPROBS = re.compile(
@@ -52,12 +59,28 @@ _NO_LOGPROBS = re.compile(
     r"|not allowed to request logprobs",
     re.IGNORECASE,
 )
+_TOP_K = re.compile(
+    r"(?:greater than max allowed:?|between \d+ and|<=|less than or equal to|at most|maximum(?: value)?(?: is| of|:)?)"
+    r"\s*(\d+)",
+    re.IGNORECASE,
+)
+_PREFILL = re.compile(
+    r"does not support assistant message prefill|must end with a user message|cannot set both.{0,80}final_message|continue_final_message.{0,60}not compatible"
+    r"|(prefix|prefill|continue_final_message).{0,60}(not supported|not allowed|unsupported)",
+    re.IGNORECASE,
+)
+_NO_MODEL = re.compile(
+    r"model_not_found|\bmodel\b.{0,200}(does not exist|not found|is not available)|no such model|unknown model"
+    r"|invalid model",
+    re.IGNORECASE | re.DOTALL,
+)
 _NO_QUOTA = re.compile(r"insufficient_quota")
 _KIND_OF_STATUS: Final[dict[int, type[ProviderError]]] = {
     401: AuthenticationError,
     403: AuthenticationError,
     408: ServerError,
     409: ServerError,
+    424: ServerError,  # TGI: the model failed
     429: RateLimitError,
     501: RequestError,
 }
@@ -66,6 +89,91 @@ _HINT_OF_STATUS: Final = {
     404: "Does `provider` name the software that serves `base_url`, and is `model` right?",
     **dict.fromkeys((301, 302, 303, 307, 308), _REDIRECT_HINT),
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """How long and how often an endpoint is asked, whoever sends the request, and what its failures are."""
+
+    provider: str
+    expert: str
+    timeout_s: float
+    """Deadline of a request with all its retries."""
+    attempt_timeout_s: float
+    """Deadline of each try."""
+    max_retries: int
+
+    async def run(self, send: Callable[[], Awaitable[T]], *, url: str) -> T:
+        """The value of `send()`, which is called again after a retryable ProviderError. Raises a ProviderError."""
+        last: list[ProviderError] = []
+        try:
+            async with asyncio.timeout(self.timeout_s):
+                return await self._with_retries(send, url, last)
+        except TimeoutError:
+            cause = f"; the last failure was: {last[-1].message}" if last else ""
+            raise self.error(
+                ProviderTimeoutError, f"no complete reply from {url} within {self.timeout_s:g} s{cause}"
+            ) from None
+
+    async def _with_retries(self, send: Callable[[], Awaitable[T]], url: str, last: list[ProviderError]) -> T:
+        async for attempt in tenacity.AsyncRetrying(
+            retry=tenacity.retry_if_exception(lambda error: isinstance(error, ProviderError) and error.retryable),
+            wait=_wait_before_retry,
+            stop=tenacity.stop_after_attempt(self.max_retries + 1),
+            reraise=True,
+        ):
+            with attempt:
+                try:
+                    return await self._send_once(send, url)
+                except ProviderError as error:
+                    last.append(error)
+                    raise
+        raise AssertionError("tenacity ends with a value or an exception")
+
+    async def _send_once(self, send: Callable[[], Awaitable[T]], url: str) -> T:
+        try:
+            async with asyncio.timeout(self.attempt_timeout_s):
+                return await send()
+        except TimeoutError:
+            raise self.error(
+                ProviderTimeoutError, f"{url} did not answer within {self.attempt_timeout_s:g} s"
+            ) from None
+
+    def error(self, kind: type[ProviderError], message: str, **facts: Any) -> ProviderError:
+        """An error of this endpoint; `facts` are the further arguments of ProviderError."""
+        return kind(message, provider=self.provider, expert=self.expert, **facts)
+
+    def failure(self, error: aiohttp.ClientError | httpx.HTTPError | ReplyTooLongError, url: str) -> ProviderError:
+        """What it means that no reply could be read."""
+        if isinstance(error, ReplyTooLongError):
+            message = f"the reply of {url} is longer than {MAX_REPLY_BYTES} bytes"
+            return self.error(MalformedResponseError, message)
+        if isinstance(error, httpx.HTTPError):
+            return self.error(*map_httpx_error(error, url))
+        # httpx_aiohttp lets those through that have no counterpart in httpx: replies that are not HTTP.
+        what = " ".join(str(error).split())[:200]
+        return self.error(MalformedResponseError, f"the reply of {url} is not HTTP: {what}")
+
+    def status_error(self, status: int, headers: Mapping[str, str], body: bytes, url: str) -> ProviderError:
+        """What a reply means that is not 200; `headers` may be asked for in lower case."""
+        kind, hint = classify_status(status, body)
+        return self.error(
+            kind,
+            f"{url} answered {status}: {_server_message(body)}",
+            hint=hint,
+            status_code=status,
+            request_id=headers.get("x-request-id"),
+            retry_after_s=parse_retry_after(headers),
+        )
+
+    def decode(self, body: bytes, url: str) -> Any:
+        """The JSON of a good reply. Raises MalformedResponseError."""
+        try:
+            return orjson.loads(body)
+        except orjson.JSONDecodeError as error:
+            # What begins as JSON, or not at all, was cut or garbled on its way; anything else is another server's.
+            kind = BrokenReplyError if body.lstrip()[:1] in (b"", b"{", b"[") else MalformedResponseError
+            raise self.error(kind, f"the reply of {url} is not JSON ({error}): {_excerpt(body)!r}") from None
 
 
 class HttpClient:
@@ -78,19 +186,23 @@ class HttpClient:
         provider: str,
         expert: str,
         api_key: str | None = None,
+        key_header: str | None = None,
         timeout_s: float = 60.0,
         attempt_timeout_s: float = 20.0,
         max_retries: int = 4,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
-        """`timeout_s` is the deadline of a request with all its retries, `attempt_timeout_s` that of each try."""
+        """`timeout_s` is the deadline of a request with all its retries, `attempt_timeout_s` that of each try.
+
+        `key_header` is the header in which the key stands alone, where it is not "Authorization: Bearer".
+        """
         self.provider = provider
         self.expert = expert
-        self._timeout_s = timeout_s
-        self._attempt_timeout_s = attempt_timeout_s
-        self._max_retries = max_retries
-        headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
-        self._client = _build_client(base_url, headers, timeout_s, transport)
+        self._endpoint = Endpoint(provider, expert, timeout_s, attempt_timeout_s, max_retries)
+        headers: dict[str, str] = {}
+        if api_key:
+            headers = {key_header: api_key} if key_header else {"authorization": f"Bearer {api_key}"}
+        self._client = build_client(base_url, headers, timeout_s, transport, kind=httpx.AsyncClient)
         self.num_requests = 0
         """Requests sent, retries included."""
 
@@ -103,50 +215,16 @@ class HttpClient:
         return await self._request("POST", path, orjson.dumps(body))
 
     async def _request(self, method: str, path: str, content: bytes | None) -> Any:
-        last: list[ProviderError] = []
-        try:
-            async with asyncio.timeout(self._timeout_s):
-                return await self._with_retries(method, path, content, last)
-        except TimeoutError:
-            cause = f"; the last failure was: {last[-1].message}" if last else ""
-            raise self._error(
-                ProviderTimeoutError, f"no complete reply from {self._url(path)} within {self._timeout_s:g} s{cause}"
-            ) from None
+        url = self._url(path)
 
-    async def _with_retries(self, method: str, path: str, content: bytes | None, last: list[ProviderError]) -> Any:
-        async for attempt in tenacity.AsyncRetrying(
-            retry=tenacity.retry_if_exception(lambda error: isinstance(error, ProviderError) and error.retryable),
-            wait=_wait_before_retry,
-            stop=tenacity.stop_after_attempt(self._max_retries + 1),
-            reraise=True,
-        ):
-            with attempt:
-                try:
-                    return await self._send_once(method, path, content)
-                except ProviderError as error:
-                    last.append(error)
-                    raise
-        raise AssertionError("tenacity ends with a value or an exception")
+        async def send() -> Any:
+            self.num_requests += 1
+            response, body = await self._exchange(method, path, content)
+            if response.status_code != 200:
+                raise self._endpoint.status_error(response.status_code, response.headers, body, url)
+            return self._endpoint.decode(body, url)
 
-    async def _send_once(self, method: str, path: str, content: bytes | None) -> Any:
-        self.num_requests += 1
-        try:
-            async with asyncio.timeout(self._attempt_timeout_s):
-                response, body = await self._exchange(method, path, content)
-        except TimeoutError:
-            raise self._error(
-                ProviderTimeoutError, f"{self._url(path)} did not answer within {self._attempt_timeout_s:g} s"
-            ) from None
-        if response.status_code != 200:
-            raise self._status_error(response, body, path)
-        try:
-            return orjson.loads(body)
-        except orjson.JSONDecodeError as error:
-            # What begins as JSON, or not at all, was cut or garbled on its way; anything else is another server's.
-            kind = BrokenReplyError if body.lstrip()[:1] in (b"", b"{", b"[") else MalformedResponseError
-            raise self._error(
-                kind, f"the reply of {self._url(path)} is not JSON ({error}): {_excerpt(body)!r}"
-            ) from None
+        return await self._endpoint.run(send, url=url)
 
     async def _exchange(self, method: str, path: str, content: bytes | None) -> tuple[httpx.Response, bytes]:
         try:
@@ -155,35 +233,11 @@ class HttpClient:
             )
             response = await self._client.send(request, stream=True)
             try:
-                return response, await _read_limited(response)
+                return response, await read_limited(response)
             finally:
                 await response.aclose()
-        except aiohttp.ClientError as error:
-            # httpx_aiohttp lets those through that have no counterpart in httpx: replies that are not HTTP.
-            raise self._error(
-                MalformedResponseError,
-                f"the reply of {self._url(path)} is not HTTP: {' '.join(str(error).split())[:200]}",
-            ) from None
-        except httpx.HTTPError as error:
-            raise self._error(*map_httpx_error(error, self._url(path))) from None
-        except _ReplyTooLongError:
-            raise self._error(
-                MalformedResponseError, f"the reply of {self._url(path)} is longer than {MAX_REPLY_BYTES} bytes"
-            ) from None
-
-    def _status_error(self, response: httpx.Response, body: bytes, path: str) -> ProviderError:
-        kind, hint = classify_status(response.status_code, body)
-        return self._error(
-            kind,
-            f"{self._url(path)} answered {response.status_code}: {_server_message(body)}",
-            hint=hint,
-            status_code=response.status_code,
-            request_id=response.headers.get("x-request-id"),
-            retry_after_s=parse_retry_after(response.headers),
-        )
-
-    def _error(self, kind: type[ProviderError], message: str, **facts: Any) -> ProviderError:
-        return kind(message, provider=self.provider, expert=self.expert, **facts)
+        except (aiohttp.ClientError, httpx.HTTPError, ReplyTooLongError) as error:
+            raise self._endpoint.failure(error, self._url(path)) from None
 
     def _url(self, path: str) -> str:
         return str(self._client.base_url).rstrip("/") + path
@@ -201,16 +255,22 @@ class HttpClient:
         await self.aclose()
 
 
-def _build_client(
-    base_url: str, headers: Mapping[str, str], timeout_s: float, transport: httpx.AsyncBaseTransport | None
-) -> httpx.AsyncClient:
+def build_client(
+    base_url: str,
+    headers: Mapping[str, str],
+    timeout_s: float,
+    transport: httpx.AsyncBaseTransport | None,
+    *,
+    kind: type[Client],
+) -> Client:
+    """The one factory of HTTP clients, of the class `kind`. Raises ConfigError for what is no URL."""
     try:
         url = httpx.URL(base_url)
     except httpx.InvalidURL as error:
         raise ConfigError(f"base_url {base_url!r} is not a URL: {error}") from None
     if url.scheme not in ("http", "https") or not url.host:
         raise ConfigError(f"base_url {base_url!r} is not an http(s) URL", hint='Expected "http://host:port".')
-    return httpx.AsyncClient(
+    return kind(
         base_url=url,
         headers={"accept": "application/json", "user-agent": "mope-bb", **headers},
         # httpx's own connection pool is slow with many requests in flight; aiohttp's is not (docs/design-notes.md).
@@ -221,17 +281,18 @@ def _build_client(
     )
 
 
-class _ReplyTooLongError(Exception):
-    pass
+class ReplyTooLongError(Exception):
+    """A body of more than MAX_REPLY_BYTES; `Endpoint.failure` makes a ProviderError of it."""
 
 
-async def _read_limited(response: httpx.Response) -> bytes:
+async def read_limited(response: httpx.Response) -> bytes:
+    """The decoded body of a streamed `response`. Raises ReplyTooLongError, httpx.HTTPError or aiohttp.ClientError."""
     parts: list[bytes] = []
     size = 0
     async for part in response.aiter_bytes():
         size += len(part)
         if size > MAX_REPLY_BYTES:
-            raise _ReplyTooLongError
+            raise ReplyTooLongError
         parts.append(part)
     return b"".join(parts)
 
@@ -253,17 +314,30 @@ def map_httpx_error(error: httpx.HTTPError, url: str) -> tuple[type[ProviderErro
 def classify_status(status: int, body: bytes) -> tuple[type[ProviderError], str | None]:
     """Which of our errors an HTTP status is, and a hint where the class's own does not fit."""
     text = body[:4096].decode("utf-8", "replace")
-    if status == 402 or (status == 429 and _NO_QUOTA.search(text)):
-        return RequestError, "The quota of this key is used up; waiting does not help."
-    if status < 500 and _NO_LOGPROBS.search(text):
-        return LogprobsUnavailableError, None
+    if (refused := _refusal(status, text)) is not None:
+        return refused
     if (kind := _KIND_OF_STATUS.get(status)) is not None:
         return kind, None
     if status >= 500:
         return ServerError, None
-    if _CONTEXT.search(text):
-        return ContextLengthError, None
+    for pattern, kind in ((_CONTEXT, ContextLengthError), (_NO_MODEL, ModelNotFoundError)):
+        if pattern.search(text):
+            return kind, None
     return RequestError, _HINT_OF_STATUS.get(status)
+
+
+def _refusal(status: int, text: str) -> tuple[type[ProviderError], str | None] | None:
+    """What the words of a refusal say, where they say more than its status."""
+    if status == 402 or (status == 429 and _NO_QUOTA.search(text)):
+        return RequestError, "The quota of this key is used up; waiting does not help."
+    if status < 500 and _NO_LOGPROBS.search(text):
+        return LogprobsUnavailableError, None
+    if status in (400, 422):
+        if re.search("logprobs|top_n_tokens", text) and (limit := _TOP_K.search(text)):
+            return TopKError, f"Set top_k = {limit[1]}, or raise the server's own limit."
+        if _PREFILL.search(text):
+            return PrefillError, None
+    return None
 
 
 def parse_retry_after(headers: Mapping[str, str], now: Callable[[], float] = time.time) -> float | None:
@@ -307,7 +381,10 @@ def _server_message(body: bytes) -> str:
         return _excerpt(body)
     inner = data.get("error", data) if isinstance(data, dict) else data
     message = inner.get("message", inner) if isinstance(inner, dict) else inner
-    return str(message)[:300]
+    metadata = inner.get("metadata") if isinstance(inner, dict) else None
+    # OpenRouter's own message is "Provider returned error"; what the provider said stands here.
+    raw = metadata.get("raw") if isinstance(metadata, dict) else None
+    return str(message)[:300] + (f": {raw}"[:300] if raw else "")
 
 
 def _excerpt(body: bytes) -> str:

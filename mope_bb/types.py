@@ -66,10 +66,17 @@ class TokenDistribution:
     """K natural logs of probabilities at temperature 1, descending."""
     vocab_size: int | None = None
     """How many pieces the expert knows, where the endpoint tells."""
+    is_guess: bool = False
+    """The endpoint told only which piece is its most probable one, as some do at the end of an answer: it counts as
+    certain, and all that the endpoint knows as unseen."""
 
     @property
     def tail_mass(self) -> float:
         """Probability of everything that is not on the list, in [0, 1]: 1 - sum of the list, clamped."""
+        return 1.0 if self.is_guess else self._unlisted
+
+    @property
+    def _unlisted(self) -> float:
         return min(1.0, max(0.0, 1.0 - math.fsum(math.exp(value) for value in self.logprobs)))
 
     @property
@@ -80,7 +87,7 @@ class TokenDistribution:
         vocabulary is known, the tail is shared evenly among the missing pieces instead: no bound, the better guess.
         """
         # A list can sum to 1 by rounding alone: what it leaves out is small then, but not impossible.
-        tail = max(self.tail_mass, ROUNDING_MASS)
+        tail = max(self._unlisted, ROUNDING_MASS)
         if self.vocab_size is not None:
             missing = self.vocab_size - len(self.pieces)
             if missing <= 0:

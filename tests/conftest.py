@@ -11,6 +11,10 @@ import pytest
 
 from mope_bb.zoo.build import Zoo, build_zoo
 from mope_bb.zoo.serving import ZooServer, serve_zoo
+from tests.command_line import mope
+from tests.endpoints.stand_ins import StandIns
+
+__all__ = ["mope"]  # a fixture for all
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell's background job ignores Ctrl-C, and so would every program that the tests start and interrupt.
@@ -35,3 +39,11 @@ def nano_experts(nano: Zoo) -> Iterator[ZooServer]:
     """All of the nano zoo behind the real llama.cpp server."""
     with serve_zoo(nano) as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def stand_ins(nano: Zoo) -> Iterator[StandIns]:
+    """Stand-ins for endpoints that cannot run here, with a model of the nano zoo behind them."""
+    found = StandIns(nano.folder("concise"))
+    yield found
+    found.close()

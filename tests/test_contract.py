@@ -10,11 +10,12 @@ from typing import TypeVar
 import pytest
 
 from mope_bb.config import parse_config
-from mope_bb.errors import ContextLengthError, RequestError
+from mope_bb.errors import ContextLengthError, PrefillError, RequestError
 from mope_bb.providers.base import Expert
 from mope_bb.providers.registry import PROVIDERS, open_expert
 from mope_bb.types import END, Context, Message
 from mope_bb.zoo.serving import ZooServer
+from tests.endpoints.stand_ins import StandIns
 
 T = TypeVar("T")
 QUESTION = Context((Message("user", "How do I fix a bike?"),))
@@ -28,14 +29,23 @@ def provider(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def ask(provider: str, nano_experts: ZooServer) -> Callable[[Callable[[Expert], Awaitable[T]]], T]:
+def ask(provider: str, nano_experts: ZooServer, stand_ins: StandIns) -> Callable[[Callable[[Expert], Awaitable[T]]], T]:
     """Open an expert of this adapter, run something with it, close it."""
+    folder = str(nano_experts.zoo.folder("concise"))
     tables: dict[str, dict[str, object]] = {
         "llamacpp": {"base_url": nano_experts.base_urls["concise"]},
-        "local": {"model": str(nano_experts.zoo.folder("concise")), "device": "cpu"},
+        "llamacpp-completions": {
+            "base_url": nano_experts.base_urls["concise"],
+            "model": "concise",
+            "tokenizer": folder,
+        },
+        "llamacpp-chat": {"base_url": nano_experts.base_urls["concise"], "model": "concise", "tokenizer": folder},
+        "local": {"model": folder, "device": "cpu"},
         "scripted": {"script": SCRIPT},
     }
-    config = parse_config({"experts": [{"name": "e", "provider": provider, **tables[provider]}]}).experts[0]
+    # What cannot run here speaks through a stand-in with the same model behind it.
+    table = tables.get(provider) or stand_ins.table(provider)
+    config = parse_config({"experts": [{"name": "e", "provider": provider, **table}]}).experts[0]
 
     def run(use: Callable[[Expert], Awaitable[T]]) -> T:
         async def main() -> T:
@@ -51,6 +61,13 @@ def ask(provider: str, nano_experts: ZooServer) -> Callable[[Callable[[Expert], 
 
 
 Ask = Callable[[Callable[[Expert], Awaitable[object]]], object]
+
+
+async def refuses_to_continue(expert: Expert) -> None:
+    """An endpoint that gives first tokens only says so, and gives them."""
+    first = (await expert.next_tokens(QUESTION, top_k=5)).pieces[0]
+    with pytest.raises(PrefillError):
+        await expert.next_tokens(QUESTION.extended(first), top_k=5)
 
 
 def test_list_is_a_distribution(ask: Ask) -> None:
@@ -85,6 +102,9 @@ def test_answers_grow_by_pieces(ask: Ask) -> None:
     """The most probable pieces lead to END or on; every piece goes back in as it came out."""
 
     async def use(expert: Expert) -> None:
+        if expert.capabilities.prefill == "none":
+            await refuses_to_continue(expert)
+            return
         context = QUESTION
         for _ in range(30):
             best = (await expert.next_tokens(context, top_k=5)).pieces[0]
@@ -97,11 +117,23 @@ def test_answers_grow_by_pieces(ask: Ask) -> None:
     ask(use)
 
 
-def test_end_is_on_a_full_list(ask: Ask) -> None:
-    """The end of the answer is a piece like any other."""
+def test_end_is_a_piece(ask: Ask) -> None:
+    """The end of the answer is a piece like any other: on a full list always, on a short one where an answer ends."""
 
     async def use(expert: Expert) -> None:
-        assert END in (await expert.next_tokens(QUESTION, top_k=5000)).pieces
+        if expert.capabilities.max_top_k is None and expert.capabilities.eos_visible:
+            assert END in (await expert.next_tokens(QUESTION, top_k=5000)).pieces
+        if expert.capabilities.prefill == "none":
+            await refuses_to_continue(expert)
+            return
+        context = QUESTION
+        for _ in range(400):
+            pieces = (await expert.next_tokens(context, top_k=3)).pieces
+            if END in pieces:
+                return
+            # The second choice, where there is one: a model in a loop never ends.
+            context = context.extended(pieces[len(context.response) % 7 == 6 and len(pieces) > 1])
+        pytest.fail("END was on no list of an answer of 400 pieces")
 
     ask(use)
 
@@ -112,6 +144,8 @@ def test_many_questions_at_once_equal_one_by_one(ask: Ask) -> None:
     async def use(expert: Expert) -> None:
         start = (await expert.next_tokens(QUESTION, top_k=4)).pieces
         contexts = [QUESTION, *(QUESTION.extended(piece) for piece in start if piece != END)] * 5
+        if expert.capabilities.prefill == "none":
+            contexts = [QUESTION, Context((Message("user", "Tell me about the moon."),))] * 5
         together = await asyncio.gather(*(expert.next_tokens(context, top_k=10) for context in contexts))
         for context, found in zip(contexts, together, strict=True):
             alone = await expert.next_tokens(context, top_k=10)

@@ -16,6 +16,8 @@ COMMANDS = {
     "chat": ("mope_bb.cli.chat", "chat", "Ask merged experts, once or in a conversation."),
     "train": ("mope_bb.cli.train", "train", "Train the Preference Control Model from reward models."),
     "eval": ("mope_bb.cli.eval", "evaluate", "Compare trained PCMs with everything one can do without training."),
+    "doctor": ("mope_bb.cli.doctor", "doctor", "Ask every endpoint, and say what will not work."),
+    "init": ("mope_bb.cli.init", "init", "Write a mope.toml from the endpoints at some addresses."),
     "zoo": ("mope_bb.cli.zoo", "zoo", "Build and serve the embedded tiny experts."),
 }
 EXIT_INTERRUPTED = 130

@@ -145,9 +145,11 @@ def slider_study(suite: Suite, evaluator: Evaluator, prompts: Sequence[EvalTask]
         row: list[str | float | None] = [f"{weight:g}"]
         for method in methods:
             answers = evaluator.run(method, tasks)
+            # A pairwise judge gives no scores: an empty cell then.
+            scores = [one.scores[first] for one in answers if first in one.scores]
             row += [
                 sum(one.num_tokens for one in answers) / len(answers),
-                sum(one.scores[first] for one in answers) / len(answers),
+                sum(scores) / len(scores) if scores else None,
             ]
         rows.append(row)
     names = [method.info.name for method in methods]

@@ -106,6 +106,8 @@ async def decode(
     check_sampling(options)
     generator = random.Random(seed)
     await pool.open(plan.asked)
+    if options.max_tokens > 1:
+        pool.check_can_continue(plan.asked)
     for _ in range(options.max_tokens):
         distributions, judgement = await _both(pool, scorer, plan, context)
         merged = merge_step(plan, distributions, judgement.head_scores, judgement.gate)

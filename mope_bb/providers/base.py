@@ -24,15 +24,25 @@ PROMPTS_KEPT: Final = 64
 class Capabilities:
     """What an endpoint can do; facts, so that nothing ever checks a provider's name."""
 
-    max_top_k: int | None
-    """The longest list it returns; None = the whole vocabulary."""
-    prefill: Literal["ids", "pieces"]
-    """How a partial answer is continued: by appending token ids, or by the pieces themselves."""
-    byte_exact: bool
-    """Pieces are the tokens' true bytes."""
-    eos_visible: bool
-    """The end of the answer is on the list."""
-    logprob_noise: float
+    max_top_k: int | None = None
+    """The longest list it returns; None = the whole vocabulary, or what the server was started with."""
+    prefill: Literal["ids", "text", "messages", "pieces", "none"] = "ids"
+    """How a partial answer is continued: by appending token ids, as text after the rendered template, as a last
+    message of the assistant, by the pieces themselves; or not at all."""
+    logprob_scale: Literal["raw", "scaled", "unknown"] = "raw"
+    """Logprobs are those of the model, or of the distribution after the request's temperature."""
+    ids_in: bool = True
+    """Prompts are token ids, so nothing is tokenized twice."""
+    ids_out: bool = True
+    """Each piece comes with its token id."""
+    byte_exact: bool = True
+    """Pieces are the tokens' true bytes, half characters among them."""
+    eos_visible: bool = True
+    """The end of the answer is on the list; else it is known only where it is the most probable piece."""
+    score: Literal["prefixes", "forced", "start_len", "echo", "none"] = "none"
+    """How a drafted text can be scored in one request: a list of prefixes, forced decoding, logprobs of a prompt from
+    a given position, logprobs of a whole prompt."""
+    logprob_noise: float = 0.0
     """Largest difference seen between two replies to one question, in nats."""
 
 
@@ -82,7 +92,7 @@ class IdExpert(Expert):
         """What identifies the model in the cache."""
 
     async def next_tokens(self, context: Context, *, top_k: int) -> TokenDistribution:
-        ids = (*await self._prompt_ids(context.messages), *(self._id_of(piece) for piece in context.response))
+        ids = await self.ids_of(context)
         if self._cache is None:
             return await self.ask(ids, top_k)
         key = distribution_key(await self.identity(), ids, top_k)
@@ -91,6 +101,10 @@ class IdExpert(Expert):
             found = await self.ask(ids, top_k)
             await self._cache.put(key, found)
         return found
+
+    async def ids_of(self, context: Context) -> tuple[int, ...]:
+        """The ids of the prompt and of the answer so far."""
+        return (*await self._prompt_ids(context.messages), *(self._id_of(piece) for piece in context.response))
 
     async def _prompt_ids(self, messages: tuple[Message, ...]) -> tuple[int, ...]:
         known = self._prompts.get(messages)
@@ -127,13 +141,15 @@ def build_distribution(
     """The one way from an endpoint's list to a `TokenDistribution`: checks, drops sentinels, joins END, sorts, cuts.
 
     Raises MalformedResponseError for a NaN, an infinite or positive logprob, or a token that stands twice, and
-    LogprobsUnavailableError for a list that holds no value.
+    LogprobsUnavailableError for a list that holds no value. Pieces without ids that have equal bytes add up: the wire
+    cannot tell them apart.
     """
     found: dict[int | bytes, tuple[Piece, float]] = {}
-    num_end = 0
+    num_end = num_sentinels = 0
     ends: list[float] = []
     for piece, logprob in entries:
         if logprob is None or logprob <= SENTINEL_LOGPROB:
+            num_sentinels += 1
             continue
         if not math.isfinite(logprob) or logprob > LOGPROB_SLACK:
             raise MalformedResponseError(
@@ -142,6 +158,9 @@ def build_distribution(
             )
         if piece.token_id in end_ids:
             ends.append(min(logprob, 0.0))
+        elif piece.token_id is None and piece.key in found:
+            total = math.exp(found[piece.key][1]) + math.exp(min(logprob, 0.0))
+            found[piece.key] = (piece, min(0.0, math.log(total)))
         elif piece.key in found:
             raise MalformedResponseError(f"the token {piece.data!r} (id {piece.token_id}) stands twice", expert=expert)
         else:
@@ -151,6 +170,13 @@ def build_distribution(
         found[END.key] = (END, min(0.0, math.log(math.fsum(map(math.exp, ends)))))
     if not found:
         raise LogprobsUnavailableError("the reply holds no next-token logprobs", expert=expert)
+    if num_sentinels and [logprob for _, logprob in found.values()] == [0.0]:
+        # No model is that certain: greedy sampling was applied before the logprobs were taken.
+        raise LogprobsUnavailableError(
+            f"one logprob is 0 and the other {num_sentinels} hold no value: they were taken after a temperature of 0",
+            hint="Name the `provider` that serves this address, so that its own temperature is sent.",
+            expert=expert,
+        )
     # Sorted by value, then by id, so that ties do not depend on the order on the wire.
     ranked = sorted(found.values(), key=lambda entry: (-entry[1], _order(entry[0])))[:top_k]
     return TokenDistribution(

@@ -12,56 +12,30 @@ Pitfalls that are handled here (each has a test):
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Final
 
 from mope_bb.cache import DistributionCache
 from mope_bb.chat_tokenizer import (
     FINGERPRINT_TEXTS,
-    ChatTokenizer,
     as_openai,
     fingerprint_of,
     load_chat_tokenizer,
     refuse_control_token,
 )
-from mope_bb.coalescing import Coalescer
 from mope_bb.config import ExpertConfig
-from mope_bb.errors import (
-    AuthenticationError,
-    ConfigError,
-    ContextLengthError,
-    LogprobsUnavailableError,
-    MalformedResponseError,
-    MopeError,
-    RequestError,
-)
-from mope_bb.providers.base import Capabilities, IdExpert, build_distribution
+from mope_bb.errors import ContextLengthError, LogprobsUnavailableError, MalformedResponseError, MopeError
+from mope_bb.providers.connect import open_client, required_url
+from mope_bb.providers.dialects import NATIVE
+from mope_bb.providers.endpoint import Ask, IdEndpoint, build_from_reply
+from mope_bb.providers.wire import END_TOKENS, PieceReader, Position, Reply, build_position, checked_logprob
 from mope_bb.transport import HttpClient
 from mope_bb.types import Message, Piece, TokenDistribution
 
-CAPABILITIES: Final = Capabilities(max_top_k=None, prefill="ids", byte_exact=True, eos_visible=True, logprob_noise=0.02)
+CAPABILITIES: Final = NATIVE["llamacpp"].capabilities
 FORCE_BIAS: Final = 1000.0
 MAX_LISTS: Final = 1
 """Requests with several prompts at a time: with more the lists become short, which costs more than the wait."""
-END_TOKENS: Final = (
-    "<|eot_id|>",
-    "<|im_end|>",
-    "<|end|>",
-    "<end_of_turn>",
-    "<|endoftext|>",
-    "<|eom_id|>",
-    "<EOT>",
-    "</s>",
-    "<|end_of_text|>",
-    "<turn|>",
-    "<end_of_utterance>",
-    "<|return|>",
-    "<|call|>",
-    "<eos>",
-    "<|END_OF_TURN_TOKEN|>",
-)
-"""Tokens that end an answer whatever the model's metadata say, as in llama.cpp's own list."""
 
 
 def build_request(prompts: Sequence[Sequence[int]], *, top_k: int, forced_id: int) -> dict[str, Any]:
@@ -79,26 +53,37 @@ def build_request(prompts: Sequence[Sequence[int]], *, top_k: int, forced_id: in
     }
 
 
+def build_own_request(prompts: Sequence[Sequence[int]], ask: Ask) -> dict[str, Any]:
+    """The same where the engine draws the tokens itself: nothing is forced, and `ask.num_tokens` are drawn."""
+    body = build_request(prompts, top_k=ask.top_k, forced_id=0)
+    return body | {"n_predict": ask.num_tokens, "temperature": ask.temperature or 0.0, "logit_bias": []}
+
+
+def parse_reply(data: Any, reader: PieceReader, *, num_ids: int, expert: str) -> Reply:
+    """A reply of `/completion`. Raises a ProviderError."""
+    if not isinstance(data, dict):
+        raise MalformedResponseError(f"the reply is {type(data).__name__}, expected an object", expert=expert)
+    if data.get("truncated"):
+        raise ContextLengthError(
+            f"the server read {data.get('tokens_evaluated')} of {num_ids} tokens and cut the rest", expert=expert
+        )
+    try:
+        positions = tuple(_parse_position(one, reader) for one in data.get("completion_probabilities") or ())
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        raise MalformedResponseError(
+            f"`completion_probabilities` is not as llama.cpp writes it: {error!r}", expert=expert
+        ) from None
+    return Reply(positions, data.get("tokens_evaluated"), has_ended=data.get("stop_type") == "eos")
+
+
 def parse_response(
     data: Any, *, num_ids: int, top_k: int, end_ids: Collection[int], vocab_size: int | None, expert: str
 ) -> TokenDistribution:
     """The distribution in a reply of `/completion`. Raises a ProviderError."""
-    if not isinstance(data, dict):
-        raise MalformedResponseError(f"the reply is {type(data).__name__}, expected an object", expert=expert)
-    if data.get("truncated") or data.get("tokens_evaluated", num_ids) != num_ids:
-        raise ContextLengthError(
-            f"the server read {data.get('tokens_evaluated')} of {num_ids} tokens and cut the rest", expert=expert
-        )
-    positions = data.get("completion_probabilities")
-    if not positions:
+    reply = parse_reply(data, PieceReader(None, end_ids=end_ids), num_ids=num_ids, expert=expert)
+    if not reply.positions:
         raise LogprobsUnavailableError("the server answered without logprobs (`n_probs` was ignored)", expert=expert)
-    try:
-        entries = [_parse_entry(entry) for entry in positions[0]["top_logprobs"]]
-    except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise MalformedResponseError(
-            f"`completion_probabilities` is not as llama.cpp writes it: {error!r}", expert=expert
-        ) from None
-    return build_distribution(entries, top_k=top_k, end_ids=end_ids, vocab_size=vocab_size, expert=expert)
+    return build_from_reply(reply, num_ids=num_ids, top_k=top_k, vocab_size=vocab_size, expert=expert)
 
 
 def split_response(data: Any, num_prompts: int, *, expert: str) -> list[Any]:
@@ -115,48 +100,41 @@ def split_response(data: Any, num_prompts: int, *, expert: str) -> list[Any]:
         ) from None
 
 
-def _parse_entry(entry: Mapping[str, Any]) -> tuple[Piece, float | None]:
-    token_id, logprob, data = entry["id"], entry["logprob"], entry["bytes"]
-    if type(token_id) is not int or token_id < 0 or not isinstance(data, list):
+def _parse_position(position: Mapping[str, Any], reader: PieceReader) -> Position:
+    entries = [_parse_entry(entry, reader) for entry in position["top_logprobs"]]
+    # Without its logprob: it may be the token that we forced, which says nothing about the list.
+    drawn = _parse_entry(position, reader)[0] if "id" in position else None
+    return build_position(entries, (drawn, None), has_ids=True)
+
+
+def _parse_entry(entry: Mapping[str, Any], reader: PieceReader) -> tuple[Piece, float | None]:
+    token_id, data = entry["id"], entry["bytes"]
+    if type(token_id) is not int or not isinstance(data, list):
         raise ValueError(f"id {token_id!r}, bytes {data!r}")
-    if not (logprob is None or type(logprob) in (int, float)):
-        raise ValueError(f"logprob {logprob!r}")
-    return Piece(bytes(data), token_id), logprob
+    piece = reader.read(None, data=bytes(data), token_id=token_id)
+    assert piece is not None  # it has an id
+    return piece, checked_logprob(entry["logprob"])
 
 
-class LlamaCppExpert(IdExpert):
+class LlamaCppExpert(IdEndpoint):
     """A model behind llama.cpp's server."""
 
-    capabilities = CAPABILITIES
-
     def __init__(
-        self,
-        name: str,
-        client: HttpClient,
-        *,
-        identity: tuple[str, ...],
-        model: str | None = None,
-        system: str | None = None,
-        tokenizer: ChatTokenizer | None = None,
-        cache: DistributionCache | None = None,
-        max_prompts: int = 1,
+        self, name: str, client: HttpClient, *, model: str | None = None, max_prompts: int = 1, **settings: Any
     ) -> None:
-        super().__init__(name, system=system, cache=cache)
+        """`settings` are those of IdEndpoint. Without a tokenizer the server's own routes are used."""
+        super().__init__(name, max_prompts=max_prompts, max_lists=MAX_LISTS, **settings)
+        self.own_temperature = 1.0
         self._client = client
-        self._identity = identity
         self._model = model
-        self._tokenizer = tokenizer
-        self._setup_lock = asyncio.Lock()
+        self._engine_lock = asyncio.Lock()
         self._end_ids: frozenset[int] | None = None
         self._forced_id = 0
         self._vocab_size: int | None = None
-        self._questions: Coalescer[tuple[tuple[int, ...], int], TokenDistribution] = Coalescer(
-            self._ask_together, max_size=max_prompts, max_running=MAX_LISTS if max_prompts > 1 else None
-        )
 
     async def encode_prompt(self, messages: Sequence[Message]) -> tuple[int, ...]:
-        if self._tokenizer is not None:
-            return self._tokenizer.encode_chat(messages, expert=self.name)
+        if self._known_tokenizer is not None:
+            return self._known_tokenizer.encode_chat(messages, expert=self.name)
         await self._refuse_control_tokens(messages)
         rendered = await self._client.post_json(
             "/apply-template", {"messages": [as_openai(message) for message in messages]}
@@ -185,52 +163,41 @@ class LlamaCppExpert(IdExpert):
             raise MalformedResponseError("`tokens` of /tokenize are not ids", expert=self.name)
         return tuple(tokens)
 
-    async def ask(self, ids: tuple[int, ...], top_k: int) -> TokenDistribution:
-        return await self._questions.ask((ids, top_k))
+    async def num_end_ids(self) -> int:
+        return len(await self._set_up())
 
-    async def _ask_together(
-        self, questions: Sequence[tuple[tuple[int, ...], int]]
-    ) -> list[TokenDistribution | Exception]:
-        """Several questions in one request. One that the server refuses does not cost the others."""
-        try:
-            return await self._ask_list(questions)
-        except RequestError as error:
-            if len(questions) == 1:
-                return [error]
-            found = await asyncio.gather(*(self._ask_together([one]) for one in questions))
-            return [answer for (answer,) in found]
+    async def vocab_size(self) -> int | None:
+        await self._set_up()
+        return self._vocab_size
 
-    async def _ask_list(self, questions: Sequence[tuple[tuple[int, ...], int]]) -> list[TokenDistribution | Exception]:
-        end_ids = await self._set_up()
-        # Several end tokens join in one piece: ask for as many more, so that k pieces remain.
-        asked = max(top_k for _, top_k in questions) + max(0, len(end_ids) - 1)
-        body = build_request([ids for ids, _ in questions], top_k=asked, forced_id=self._forced_id)
+    async def ask_prompts(self, prompts: Sequence[tuple[int, ...]], ask: Ask) -> list[Reply | MopeError]:
+        reader = PieceReader(self._known_tokenizer, end_ids=await self._set_up())
+        if ask.num_tokens == 1 and ask.temperature is None:
+            body = build_request(prompts, top_k=ask.top_k, forced_id=self._forced_id)
+        else:
+            body = build_own_request(prompts, ask)
         if self._model is not None:
             body["model"] = self._model
         data = await self._client.post_json("/completion", body)
-        return [
-            self._parse(reply, len(ids), top_k, end_ids)
-            for reply, (ids, top_k) in zip(
-                split_response(data, len(questions), expert=self.name), questions, strict=True
-            )
-        ]
+        replies = split_response(data, len(prompts), expert=self.name)
+        return [self._parse(reply, reader, len(ids)) for reply, ids in zip(replies, prompts, strict=True)]
 
-    def _parse(self, reply: Any, num_ids: int, top_k: int, end_ids: Collection[int]) -> TokenDistribution | Exception:
+    def _parse(self, reply: Any, reader: PieceReader, num_ids: int) -> Reply | MopeError:
         try:
-            return parse_response(
-                reply,
-                num_ids=num_ids,
-                top_k=top_k,
-                end_ids=end_ids,
-                vocab_size=self._vocab_size,
-                expert=self.name,
-            )
+            return parse_reply(reply, reader, num_ids=num_ids, expert=self.name)
         except MopeError as error:
             return error
 
+    async def served_models(self) -> list[str] | None:
+        data = await self._client.get_json("/v1/models")
+        try:
+            return [str(card["id"]) for card in data["data"]]
+        except (KeyError, TypeError):
+            return None
+
     async def _set_up(self) -> frozenset[int]:
         """Learn the end tokens, a harmless token and the vocabulary's size, once."""
-        async with self._setup_lock:
+        async with self._engine_lock:
             if self._end_ids is None:
                 self._forced_id = (await self._tokenize("a", parse_special=False))[-1]
                 self._vocab_size = await self._ask_vocab_size()
@@ -246,8 +213,8 @@ class LlamaCppExpert(IdExpert):
         return size if isinstance(size, int) else None
 
     async def _ask_end_ids(self) -> frozenset[int]:
-        if self._tokenizer is not None:
-            return self._tokenizer.end_ids
+        if self._known_tokenizer is not None:
+            return self._known_tokenizer.end_ids
         props = await self._client.get_json("/props")
         eos = props.get("eos_token") if isinstance(props, dict) else None
         names = dict.fromkeys([*([eos] if isinstance(eos, str) and eos else []), *END_TOKENS])
@@ -264,20 +231,17 @@ class LlamaCppExpert(IdExpert):
         return found
 
     async def fingerprint(self) -> str:
-        if self._tokenizer is not None:
-            return self._tokenizer.fingerprint
+        if self._known_tokenizer is not None:
+            return self._known_tokenizer.fingerprint
         encodings = await asyncio.gather(*(self._tokenize(text, parse_special=False) for text in FINGERPRINT_TEXTS))
         return fingerprint_of(encodings)
-
-    async def identity(self) -> tuple[str, ...]:
-        return self._identity
 
     @property
     def num_requests(self) -> int:
         return self._client.num_requests
 
     async def aclose(self) -> None:
-        await self._questions.aclose()
+        await super().aclose()
         await self._client.aclose()
 
 
@@ -292,21 +256,11 @@ def _field(data: Any, name: str, kind: type, expert: str) -> Any:
 
 def open_expert(config: ExpertConfig, cache: DistributionCache | None) -> LlamaCppExpert:
     """Connect to `base_url`. Raises ConfigError or AuthenticationError; the server is first asked when needed."""
-    if config.base_url is None:
-        raise ConfigError(f"expert {config.name!r}: `base_url` is missing", hint='Expected "http://host:port".')
-    base_url = config.base_url.rstrip("/").removesuffix("/v1")
-    client = HttpClient(
-        base_url,
-        provider=config.provider,
-        expert=config.name,
-        api_key=_read_key(config),
-        timeout_s=config.timeout_s,
-        attempt_timeout_s=config.attempt_timeout_s,
-        max_retries=config.max_retries,
-    )
+    base_url = required_url(config).removesuffix("/v1")
     return LlamaCppExpert(
         config.name,
-        client,
+        open_client(config, base_url),
+        capabilities=CAPABILITIES,
         identity=("llamacpp", config.identity or f"{base_url} {config.model or ''}"),
         model=config.model,
         system=config.system,
@@ -314,12 +268,3 @@ def open_expert(config: ExpertConfig, cache: DistributionCache | None) -> LlamaC
         cache=cache,
         max_prompts=config.max_prompts,
     )
-
-
-def _read_key(config: ExpertConfig) -> str | None:
-    if config.api_key_env is None:
-        return None
-    key = os.environ.get(config.api_key_env)
-    if not key:
-        raise AuthenticationError(f"the environment variable {config.api_key_env!r} is not set", expert=config.name)
-    return key

@@ -18,7 +18,7 @@ from mope_bb.inference import BatchedModel, check_loaded, choose_device, loading
 from mope_bb.providers.base import Capabilities, IdExpert, build_distribution
 from mope_bb.types import END, Message, TokenDistribution
 
-CAPABILITIES: Final = Capabilities(max_top_k=None, prefill="ids", byte_exact=True, eos_visible=True, logprob_noise=1e-5)
+CAPABILITIES: Final = Capabilities(logprob_noise=1e-5)
 
 
 class LocalExpert(IdExpert):

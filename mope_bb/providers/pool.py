@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 
 from mope_bb.cache import DistributionCache
 from mope_bb.config import ExpertConfig
-from mope_bb.errors import AlignmentError, MopeError
-from mope_bb.providers.base import Expert
+from mope_bb.errors import AlignmentError, MopeError, PrefillError, TopKError
+from mope_bb.providers.base import Capabilities, Expert
 from mope_bb.providers.registry import open_expert
 from mope_bb.types import Context, TokenDistribution
 
@@ -23,6 +23,7 @@ class ExpertPool:
         self._configs = {config.name: config for config in configs}
         self._cache = cache
         self._experts: dict[str, Expert] = {}
+        self._top_k: dict[str, int] = {}
         self._verified: set[str] = set()
         self._fingerprint: tuple[str, str] | None = None
         self._opening = asyncio.Lock()
@@ -33,7 +34,9 @@ class ExpertPool:
             for name in names:
                 if name not in self._experts:
                     # A local model takes seconds to load: not on the event loop.
-                    self._experts[name] = await asyncio.to_thread(open_expert, self._configs[name], self._cache)
+                    expert = await asyncio.to_thread(open_expert, self._configs[name], self._cache)
+                    self._experts[name] = expert
+                    self._top_k[name] = allowed_top_k(self._configs[name], expert.capabilities)
             new = [name for name in names if name not in self._verified]
             fingerprints = await _gather({name: self._experts[name].fingerprint() for name in new})
             for name, fingerprint in fingerprints.items():
@@ -41,7 +44,8 @@ class ExpertPool:
                 if fingerprint != expected:
                     raise AlignmentError(
                         f"the experts {first!r} and {name!r} have different tokenizers and cannot be merged",
-                        hint="Use experts that were fine-tuned from one base model.",
+                        hint="Use experts that were fine-tuned from one base model; where endpoints take text, set the "
+                        "same `tokenizer` for all.",
                     )
                 self._fingerprint = (first, expected)
                 self._verified.add(name)
@@ -59,9 +63,17 @@ class ExpertPool:
     async def ask(self, names: Sequence[str], context: Context) -> list[TokenDistribution]:
         """The next-token distributions of `names`, in that order. A failure cancels the others and is raised."""
         found = await _gather(
-            {name: self._experts[name].next_tokens(context, top_k=self._configs[name].top_k) for name in names}
+            {name: self._experts[name].next_tokens(context, top_k=self._top_k[name]) for name in names}
         )
         return [found[name] for name in names]
+
+    def check_can_continue(self, names: Sequence[str]) -> None:
+        """Raise PrefillError, before anything is paid, if one of `names` gives first tokens only."""
+        for name in names:
+            if self._experts[name].capabilities.prefill == "none":
+                raise PrefillError(
+                    f"{self._configs[name].provider} does not continue an answer that others have begun", expert=name
+                )
 
     async def aclose(self) -> None:
         """Close every expert that was opened."""
@@ -70,6 +82,23 @@ class ExpertPool:
         self._verified.clear()
         for expert in experts:
             await expert.aclose()
+
+
+def allowed_top_k(config: ExpertConfig, capabilities: Capabilities) -> int:
+    """How many pieces are asked for: what the configuration says; its default gives way to a smaller limit.
+
+    Raises TopKError for a configured number above what the endpoint gives.
+    """
+    limit = capabilities.max_top_k
+    if limit is None or config.top_k <= limit:
+        return config.top_k
+    if "top_k" in config.model_fields_set:
+        raise TopKError(
+            f"top_k is {config.top_k}, {config.provider} gives at most {limit}",
+            hint=f"Set top_k = {limit}.",
+            expert=config.name,
+        )
+    return limit
 
 
 async def _gather(calls: Mapping[str, Coroutine[Any, Any, T]]) -> dict[str, T]:

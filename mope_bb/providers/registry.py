@@ -10,11 +10,19 @@ from mope_bb.cache import DistributionCache
 from mope_bb.config import ExpertConfig
 from mope_bb.errors import ConfigError
 from mope_bb.providers.base import Expert
+from mope_bb.providers.dialects import CHAT, COMPLETIONS
 
 PROVIDERS: Final = {
     "llamacpp": "mope_bb.providers.llamacpp",
     "local": "mope_bb.providers.local",
     "scripted": "mope_bb.providers.scripted",
+    "sglang": "mope_bb.providers.sglang",
+    "vllm-generate": "mope_bb.providers.vllm_generate",
+    "ollama": "mope_bb.providers.ollama",
+    "tgi": "mope_bb.providers.tgi",
+    "gemini": "mope_bb.providers.gemini",
+    **dict.fromkeys(COMPLETIONS, "mope_bb.providers.completions"),
+    **dict.fromkeys(CHAT, "mope_bb.providers.chat"),
 }
 """Provider -> module with a function `open_expert(config, cache) -> Expert`."""
 

@@ -13,9 +13,7 @@ from mope_bb.providers.base import Capabilities, Expert, build_distribution
 from mope_bb.types import END, Context, Piece, TokenDistribution
 
 END_WORD: Final = "<end>"
-CAPABILITIES: Final = Capabilities(
-    max_top_k=None, prefill="pieces", byte_exact=True, eos_visible=True, logprob_noise=0.0
-)
+CAPABILITIES: Final = Capabilities(prefill="pieces", ids_in=False, ids_out=False)
 
 
 class ScriptedExpert(Expert):

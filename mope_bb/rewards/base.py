@@ -1,4 +1,7 @@
-"""Rewards: one model per preference dimension, normalised by Bradley-Terry against a reference answer.
+"""Rewards: one model per preference dimension, which says how likely an answer is preferred to a reference answer.
+
+Most models score an answer alone, and the difference of two scores is normalised by Bradley-Terry. Pairwise models see
+both answers and tell the chance themselves; they have no raw scores.
 
 A score that could not be had is a `RewardError` in the place of the number, so that it costs one answer and nothing
 else; there is no default score. Pure Python: torch comes in with the models that need it.
@@ -19,6 +22,8 @@ from mope_bb.errors import RewardError
 from mope_bb.types import Message
 
 Conversation = tuple[Message, ...]
+Comparison = tuple[Conversation, Conversation]
+"""An answer and its reference: two conversations that differ in their last message, the assistant's."""
 
 
 class RewardModel(ABC):
@@ -38,12 +43,29 @@ class RewardModel(ABC):
         """Give back what the model holds; it cannot score afterwards. A second call does nothing."""
 
 
+class PairwiseRewardModel(ABC):
+    """Compares answers with their references in one dimension."""
+
+    dimension: str
+
+    @abstractmethod
+    def compare(self, comparisons: Sequence[Comparison]) -> list[float | RewardError]:
+        """For each comparison the chance that the answer is preferred to the reference, in [0, 1].
+
+        Whatever goes wrong with one comparison is a RewardError in its place: nothing is raised.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give back what the model holds; it cannot compare afterwards. A second call does nothing."""
+
+
 @dataclass(frozen=True, slots=True)
 class Scored:
     """What the reward models say about one answer, by dimension."""
 
     scores: Mapping[str, float]
-    """Raw scores of the answer."""
+    """Raw scores of the answer, where the model of the dimension gives any: a pairwise one does not."""
     wins: Mapping[str, float]
     """Chance that the answer is preferred to the reference, in [0, 1]."""
 
@@ -87,10 +109,18 @@ def checked_score(value: object, dimension: str) -> float | RewardError:
     return number
 
 
+def checked_chance(value: object, dimension: str) -> float | RewardError:
+    """`value` as a number in [0, 1], or the RewardError that names what it is instead."""
+    number = checked_score(value, dimension)
+    if isinstance(number, RewardError) or 0 <= number <= 1:
+        return number
+    return RewardError(f"the chance of winning in {dimension!r} is {number}, not in [0, 1]")
+
+
 class RewardPanel:
     """One reward model for each dimension. Calls from several threads wait for each other."""
 
-    def __init__(self, models: Mapping[str, RewardModel]) -> None:
+    def __init__(self, models: Mapping[str, RewardModel | PairwiseRewardModel]) -> None:
         self._models = dict(models)
         self._references: dict[tuple[str, Conversation], float] = {}
         self._lock = threading.Lock()
@@ -110,8 +140,9 @@ class RewardPanel:
         """Judge each answer against its reference, under its own `dimensions` only.
 
         All four have one entry per answer; a prompt is the conversation before the answer. Each model is called once,
-        without repetitions; scores of references are kept for later calls. If one dimension of an answer cannot be
-        scored, that answer's entry is the RewardError. Raises RewardError for a dimension without a model.
+        without repetitions; scores of references are kept for later calls. An answer that is its own reference wins by
+        a half, unasked where the model is pairwise. If one dimension of an answer cannot be scored, that answer's entry
+        is the RewardError. Raises RewardError for a dimension without a model.
         """
         for name in (name for names in dimensions for name in names):
             if name not in self._models:
@@ -121,7 +152,12 @@ class RewardPanel:
             for prompt, answer, reference, names in zip(prompts, answers, references, dimensions, strict=True)
         ]
         with self._lock:
-            found = {name: self._ask(name, rows) for name in self._models}
+            found = {
+                name: self._ask(
+                    name, model, [(answer, reference) for answer, reference, names in rows if name in names]
+                )
+                for name, model in self._models.items()
+            }
         return [_scored(answer, reference, names, found) for answer, reference, names in rows]
 
     def reference_scores(self, prompt: Sequence[Message], reference: str) -> dict[str, float]:
@@ -144,21 +180,49 @@ class RewardPanel:
                 model.close()
 
     def _ask(
-        self, dimension: str, rows: Sequence[tuple[Conversation, Conversation, frozenset[str]]]
+        self, dimension: str, model: RewardModel | PairwiseRewardModel, asked: Sequence[Comparison]
+    ) -> dict[Comparison, _Verdict | RewardError]:
+        """What one model says about all comparisons that it is asked for."""
+        if isinstance(model, RewardModel):
+            scores = self._scores(dimension, model, asked)
+            return {(one, other): _verdict(scores[one], scores[other]) for one, other in asked}
+        new = list(dict.fromkeys((one, other) for one, other in asked if one != other))
+        chances = [checked_chance(value, dimension) for value in model.compare(new)] if new else []
+        told = (one if isinstance(one, RewardError) else _Verdict(None, one) for one in chances)
+        return dict.fromkeys(asked, _Verdict(None, 0.5)) | dict(zip(new, told, strict=True))
+
+    def _scores(
+        self, dimension: str, model: RewardModel, asked: Sequence[Comparison]
     ) -> dict[Conversation, float | RewardError]:
-        """What one model says about all answers and references that it is asked for."""
-        asked = [(answer, reference) for answer, reference, names in rows if dimension in names]
+        """The scores of all answers and references; those of references are kept."""
         known = {
             reference: self._references[dimension, reference]
             for _, reference in asked
             if (dimension, reference) in self._references
         }
         new = list(dict.fromkeys(one for pair in asked for one in pair if one not in known))
-        results = dict(zip(new, self._models[dimension].score(new), strict=True)) if new else {}
+        results = dict(zip(new, model.score(new), strict=True)) if new else {}
         for _, reference in asked:
             if isinstance(value := results.get(reference), float):
                 self._references[dimension, reference] = value
         return {**known, **results}
+
+
+@dataclass(frozen=True, slots=True)
+class _Verdict:
+    """What one model says about one comparison."""
+
+    score: float | None
+    """Of the answer; None from a pairwise model."""
+    win: float
+
+
+def _verdict(score: float | RewardError, reference: float | RewardError) -> _Verdict | RewardError:
+    if isinstance(score, RewardError):
+        return score
+    if isinstance(reference, RewardError):
+        return RewardError(f"the reference answer could not be scored: {reference}", hint=reference.hint)
+    return _Verdict(score, win_probability(score, reference))
 
 
 def _answered(prompt: Sequence[Message], text: str) -> Conversation:
@@ -169,16 +233,16 @@ def _scored(
     answer: Conversation,
     reference: Conversation,
     dimensions: frozenset[str],
-    found: Mapping[str, Mapping[Conversation, float | RewardError]],
+    found: Mapping[str, Mapping[Comparison, _Verdict | RewardError]],
 ) -> Scored | RewardError:
     scores, wins = {}, {}
     for name in sorted(dimensions):
-        mine, other = found[name][answer], found[name][reference]
-        if isinstance(mine, RewardError):
-            return mine
-        if isinstance(other, RewardError):
-            return RewardError(f"the reference answer could not be scored: {other}", hint=other.hint)
-        scores[name], wins[name] = mine, win_probability(mine, other)
+        verdict = found[name][answer, reference]
+        if isinstance(verdict, RewardError):
+            return verdict
+        wins[name] = verdict.win
+        if verdict.score is not None:
+            scores[name] = verdict.score
     return Scored(scores, wins)
 
 

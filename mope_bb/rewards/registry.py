@@ -6,7 +6,7 @@ from collections.abc import Collection
 
 from mope_bb.config import Config, RewardConfig
 from mope_bb.errors import ConfigError
-from mope_bb.rewards.base import RewardModel, RewardPanel
+from mope_bb.rewards.base import PairwiseRewardModel, RewardModel, RewardPanel
 
 
 def open_reward_panel(config: Config, dimensions: Collection[str]) -> RewardPanel:
@@ -15,10 +15,10 @@ def open_reward_panel(config: Config, dimensions: Collection[str]) -> RewardPane
     Raises ConfigError for a dimension without a reward, and what the models raise.
     """
     settings = {name: _settings(config, name) for name in dimensions}
-    models: dict[str, RewardModel] = {}
+    models: dict[str, RewardModel | PairwiseRewardModel] = {}
     try:
         for name, reward in settings.items():
-            models[name] = _open(name, reward)
+            models[name] = _open(name, reward, config.dimensions[name].text)
     except BaseException:
         for model in models.values():
             model.close()
@@ -31,16 +31,25 @@ def _settings(config: Config, dimension: str) -> RewardConfig:
     if section is None or section.reward is None:
         raise ConfigError(
             f"the dimension {dimension!r} has no reward",
-            hint=f'Write reward = {{ kind = "classifier", path = "FOLDER" }} in [dimensions.{dimension}].',
+            hint=f'Write reward = {{ kind = "classifier", path = "FOLDER" }} in [dimensions.{dimension}]; other kinds: '
+            "function, remote, judge.",
         )
     return section.reward
 
 
-def _open(dimension: str, reward: RewardConfig) -> RewardModel:
+def _open(dimension: str, reward: RewardConfig, text: str | None) -> RewardModel | PairwiseRewardModel:
     if reward.kind == "classifier":
         from mope_bb.rewards.classifier import open_classifier
 
         return open_classifier(dimension, reward)
+    if reward.kind == "remote":
+        from mope_bb.rewards.remote import open_remote
+
+        return open_remote(dimension, reward)
+    if reward.kind == "judge":
+        from mope_bb.rewards.judge import open_judge
+
+        return open_judge(dimension, reward, text=text)
     from mope_bb.rewards.function import open_function
 
     return open_function(dimension, reward)

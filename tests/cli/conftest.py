@@ -1,12 +1,10 @@
-"""The command line in this process, a served nano zoo, and a stand-in for llama.cpp that misbehaves on request."""
+"""A served nano zoo, and a stand-in for llama.cpp that misbehaves on request."""
 
 from __future__ import annotations
 
-import io
 import json
-import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -14,45 +12,10 @@ from typing import Any
 
 import pytest
 
-from mope_bb.cli.main import main
 from mope_bb.zoo.serving import ZooServer
+from tests.command_line import Run
 
-
-@dataclass(frozen=True)
-class Result:
-    """What a run of the command line left behind."""
-
-    status: int
-    out: str
-    err: str
-
-    def assert_refused(self, status: int, *parts: str) -> None:
-        """One `error:` line that names `parts`, one `hint:` line, nothing else, and this exit status."""
-        lines = self.err.splitlines()
-        assert [line.split(":")[0] for line in lines] == ["error", "hint"], self.err
-        assert all(part in self.err for part in parts), self.err
-        assert "Traceback" not in self.err + self.out
-        assert self.out == ""
-        assert self.status == status
-
-
-Run = Callable[..., Result]
-
-
-@pytest.fixture
-def mope(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run `mope-bb ARGUMENTS` in this process, with `stdin` piped in."""
-
-    def run(*arguments: str, stdin: bytes = b"") -> Result:
-        monkeypatch.setattr(sys, "argv", ["mope-bb", *arguments])
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8"))
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main()
-        out, err = capsys.readouterr()
-        return Result(int(ended.value.code or 0), out, err)
-
-    return run
+__all__ = ["Run"]
 
 
 @pytest.fixture(scope="session")

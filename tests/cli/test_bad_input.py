@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from tests.cli.conftest import Run, StandIn
+    from tests.cli.conftest import StandIn
+from tests.command_line import Run
 
 CONFIGURATION = 2
 PROVIDER = 3

@@ -14,7 +14,8 @@ from mope_bb.zoo import serve
 
 if TYPE_CHECKING:
     from mope_bb.zoo import Zoo
-    from tests.cli.conftest import Run, StandIn
+    from tests.cli.conftest import StandIn
+from tests.command_line import Run
 
 QUESTION = "How do I fix a bike?"
 

@@ -11,7 +11,7 @@ from mope_bb.pcm.model import load_pcm
 
 if TYPE_CHECKING:
     from mope_bb.zoo import Zoo
-    from tests.cli.conftest import Run
+    from tests.command_line import Run
 
 CONFIGURATION = 2
 

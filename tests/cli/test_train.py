@@ -17,7 +17,7 @@ from tests.rewards.conftest import save_llama
 
 if TYPE_CHECKING:
     from mope_bb.zoo import Zoo
-    from tests.cli.conftest import Run
+    from tests.command_line import Run
 
 FAILED = 1
 CONFIGURATION = 2

@@ -255,7 +255,7 @@ def test_a_dimension_without_reward_is_named() -> None:
         ({"kind": "function"}, "needs `function`"),
         ({"kind": "function", "function": "a:b", "path": "x"}, "has no `path`"),
         ({"kind": "function", "function": "a.b"}, "function: .*'a.b'"),
-        ({"kind": "judge"}, "kind: .*'judge'"),
+        ({"kind": "oracle"}, "kind: .*'oracle'"),
         ({"kind": "classifier", "path": "x", "batch_size": 0}, "batch_size"),
         ({"kind": "classifier", "pth": "x"}, "unknown key 'dimensions.concise.reward.pth'"),
     ],

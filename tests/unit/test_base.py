@@ -112,10 +112,18 @@ def test_duplicates_are_malformed() -> None:
         build([(piece(1), -1.0), (piece(1), -2.0)])
 
 
-def test_duplicate_bytes_without_ids_are_malformed() -> None:
-    """Pieces without ids are told apart by their bytes alone."""
-    with pytest.raises(MalformedResponseError, match="twice"):
-        build([(Piece(b"x"), -1.0), (Piece(b"x"), -2.0)])
+def test_duplicate_bytes_without_ids_add_up() -> None:
+    """Pieces without ids are told apart by their bytes alone: two tokens of equal bytes are one piece."""
+    found = build([(Piece(b"x"), math.log(0.25)), (Piece(b"y"), math.log(0.4)), (Piece(b"x"), math.log(0.25))])
+    assert found.pieces == (Piece(b"x"), Piece(b"y"))
+    assert found.logprobs == pytest.approx((math.log(0.5), math.log(0.4)))
+
+
+def test_greedy_probabilities_are_refused() -> None:
+    """One certain piece beside sentinels is what a temperature of 0 makes of logprobs, not what a model says."""
+    with pytest.raises(LogprobsUnavailableError, match="temperature of 0"):
+        build([(piece(1), 0.0), (piece(2), -9999.0), (piece(3), -9999.0)])
+    assert build([(piece(1), 0.0)]).logprobs == (0.0,)
 
 
 def test_equal_bytes_with_different_ids_are_two_pieces() -> None:

@@ -1,0 +1,274 @@
+"""OpenAI's text completions: vLLM, SGLang, TensorRT-LLM, Fireworks, Together and others; see `dialects.COMPLETIONS`.
+
+Where the endpoint takes token ids the chat template is rendered here, once, and only ids are appended. Elsewhere the
+rendered template and the answer are sent as text.
+
+Pitfalls that are handled here (each has a test):
+
+- A list keyed by text loses tokens: vLLM is asked for "token_id:17" keys, and a drawn token that is not among the k
+  best comes on top of them.
+- Servers put a BOS before texts: where one is sent as text, the template's own is left out.
+- A prompt that was cut silently is an error: the endpoint must have read as many tokens as were sent.
+- Null logprobs, and logprobs of the drawn token only, are errors.
+- An answer that ends at once has no list; `is_guess` says so.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from mope_bb.cache import DistributionCache
+from mope_bb.chat_tokenizer import ChatTokenizer, load_chat_tokenizer
+from mope_bb.config import ExpertConfig
+from mope_bb.errors import ConfigError, MalformedResponseError, ModelNotFoundError, MopeError
+from mope_bb.providers.connect import open_client, required_model, required_url
+from mope_bb.providers.dialects import COMPLETIONS, CompletionsDialect
+from mope_bb.providers.endpoint import Ask, IdEndpoint, TextEndpoint
+from mope_bb.providers.wire import PieceReader, Reply, in_order, parse_openai_logprobs, parse_usage
+from mope_bb.transport import HttpClient
+from mope_bb.types import Message
+
+FORCE_BIAS: Final = 100.0
+"""OpenAI's range of `logit_bias` ends here; it is enough, since no logit of a model is that large."""
+
+
+def build_request(
+    prompt: str | Sequence[Sequence[int]], ask: Ask, *, dialect: CompletionsDialect, model: str, forced_id: int | None
+) -> dict[str, Any]:
+    """The body of one question in text, or of one or several in ids. `forced_id`: see `forces_token`."""
+    body: dict[str, Any] = {
+        "model": model,
+        "prompt": prompt if isinstance(prompt, str) else _ids(prompt),
+        "max_tokens": ask.num_tokens,
+        "temperature": dialect.temperature if ask.temperature is None else ask.temperature,
+        **dialect.extra,
+    }
+    if dialect.logprobs == "number":
+        body["logprobs"] = ask.top_k
+    else:
+        body |= {"logprobs": True, "top_logprobs": ask.top_k}
+    if forced_id is not None:
+        body["logit_bias"] = {str(forced_id): FORCE_BIAS}
+    return body
+
+
+def _ids(prompts: Sequence[Sequence[int]]) -> list[Any]:
+    return list(prompts[0]) if len(prompts) == 1 else [list(ids) for ids in prompts]
+
+
+def parse_choice(choice: Mapping[str, Any], reader: PieceReader, prompt_tokens: int | None, *, expert: str) -> Reply:
+    """One element of `choices`. Raises LogprobsUnavailableError or MalformedResponseError."""
+    has_ended = choice.get("finish_reason") == "stop"
+    logprobs = choice.get("logprobs")
+    if logprobs is None and has_ended and not choice.get("text"):
+        return Reply((), prompt_tokens, has_ended=True)
+    return Reply(parse_openai_logprobs(logprobs, reader, expert=expert), prompt_tokens, has_ended)
+
+
+def parse_response(
+    data: Any, readers: PieceReader, num_prompts: int, *, expert: str, num_tokens: int | None = None
+) -> list[Reply | MopeError]:
+    """The replies to `num_prompts` questions in their order, an error in the place of one that has no list.
+
+    `num_tokens` is how many tokens all prompts have together; where the endpoint counted others, the first reply
+    tells its count. Raises MalformedResponseError where it is not one choice for each question.
+    """
+    if not isinstance(data, dict) or not isinstance(data.get("choices"), list):
+        raise MalformedResponseError(f"the reply has no `choices`: {str(data)[:100]!r}", expert=expert)
+    read = parse_usage(data)
+    # The endpoint adds the prompts up, so only for one question its count is that of the question.
+    counted = read if num_prompts == 1 else None
+    if num_prompts > 1 and None not in (read, num_tokens) and read != num_tokens:
+        raise MalformedResponseError(
+            f"the endpoint read {read} of {num_tokens} tokens of {num_prompts} prompts", expert=expert
+        )
+    found: list[Reply | MopeError] = []
+    for choice in in_order(data["choices"], num_prompts, expert=expert):
+        try:
+            found.append(parse_choice(choice, readers, counted, expert=expert))
+        except MopeError as error:
+            found.append(error)
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """One model of GET /v1/models."""
+
+    name: str
+    root: str | None
+    """Its folder or hub name, where the endpoint tells; for a LoRA adapter that of the model it belongs to."""
+    max_length: int | None
+
+
+def parse_models(data: Any, *, expert: str) -> list[ServedModel]:
+    """The models that an endpoint lists. Raises MalformedResponseError."""
+    try:
+        cards = {card["id"]: card for card in data["data"]}
+        found = []
+        for name, card in cards.items():
+            base = cards.get(card.get("parent"), card)
+            found.append(ServedModel(str(name), base.get("root"), base.get("max_model_len")))
+    except (KeyError, TypeError, AttributeError):
+        raise MalformedResponseError(f"/models is not as OpenAI's: {str(data)[:100]!r}", expert=expert) from None
+    return found
+
+
+class IdCompletions(IdEndpoint):
+    """A completions endpoint that takes token ids."""
+
+    def __init__(
+        self, name: str, client: HttpClient, dialect: CompletionsDialect, *, model: str | None, **settings: Any
+    ) -> None:
+        """`settings` are those of IdEndpoint. Without `model` the only one that is served is meant."""
+        super().__init__(name, capabilities=dialect.capabilities, **settings)
+        self.own_temperature = dialect.temperature
+        self._client = client
+        self._dialect = dialect
+        self._model = model
+        self._served: ServedModel | None = None
+        self._served_lock = asyncio.Lock()
+
+    async def find_tokenizer(self) -> ChatTokenizer:
+        if not self._dialect.tells_tokenizer:
+            return await super().find_tokenizer()
+        root = (await self._find_model()).root
+        if root is None:
+            return await super().find_tokenizer()
+        try:
+            return await asyncio.to_thread(load_chat_tokenizer, root)
+        except ConfigError as error:
+            raise ConfigError(
+                f"expert {self.name!r}: {error.message}",
+                hint="The server names it as its model. Set `tokenizer` to where its tokenizer is from here.",
+            ) from None
+
+    async def ask_prompts(self, prompts: Sequence[tuple[int, ...]], ask: Ask) -> list[Reply | MopeError]:
+        tokenizer = await self.tokenizer()
+        forced = self._dialect.forces_token and ask.num_tokens == 1 and ask.temperature is None
+        body = build_request(
+            prompts,
+            ask,
+            dialect=self._dialect,
+            model=await self._model_name(),
+            forced_id=tokenizer.encode_text("a")[-1] if forced else None,
+        )
+        return parse_response(
+            await self._client.post_json("/completions", body),
+            PieceReader(tokenizer),
+            len(prompts),
+            expert=self.name,
+            num_tokens=sum(map(len, prompts)),
+        )
+
+    async def _model_name(self) -> str:
+        if self._dialect.tells_tokenizer:
+            return (await self._find_model()).name
+        if self._model is None:
+            raise ConfigError(f"expert {self.name!r}: `model` is missing", hint="Name it as the endpoint does.")
+        return self._model
+
+    async def _find_model(self) -> ServedModel:
+        """What the endpoint serves under our name."""
+        async with self._served_lock:
+            if self._served is None:
+                self._served = choose_model(await self._list_models(), self._model, expert=self.name)
+            return self._served
+
+    async def _list_models(self) -> list[ServedModel]:
+        return parse_models(await self._client.get_json("/models"), expert=self.name)
+
+    async def served_models(self) -> list[str] | None:
+        return [model.name for model in await self._list_models()] if self._dialect.tells_tokenizer else None
+
+    @property
+    def num_requests(self) -> int:
+        return self._client.num_requests
+
+    async def aclose(self) -> None:
+        await super().aclose()
+        await self._client.aclose()
+
+
+def choose_model(models: Sequence[ServedModel], wanted: str | None, *, expert: str) -> ServedModel:
+    """The model called `wanted`; without a name the only one. Raises ModelNotFoundError or ConfigError."""
+    served = ", ".join(model.name for model in models) or "none"
+    if wanted is None:
+        if len(models) == 1:
+            return models[0]
+        raise ConfigError(f"expert {expert!r}: `model` is missing", hint=f"Served there: {served}.")
+    for model in models:
+        if model.name == wanted:
+            return model
+    raise ModelNotFoundError(f"no model {wanted!r} is served there", hint=f"Served: {served}.", expert=expert)
+
+
+class TextCompletions(TextEndpoint):
+    """A completions endpoint that takes text: the rendered template, then the answer so far."""
+
+    def __init__(
+        self, name: str, client: HttpClient, dialect: CompletionsDialect, *, model: str, **settings: Any
+    ) -> None:
+        """`settings` are those of TextEndpoint, a tokenizer among them."""
+        super().__init__(name, capabilities=dialect.capabilities, **settings)
+        self.own_temperature = dialect.temperature
+        self._client = client
+        self._dialect = dialect
+        self._model = model
+
+    async def ask_text(self, messages: Sequence[Message], answer: str, ask: Ask) -> Reply:
+        body = build_request(
+            self.render(messages, answer), ask, dialect=self._dialect, model=self._model, forced_id=None
+        )
+        reply = parse_response(
+            await self._client.post_json("/completions", body), PieceReader(self._tokenizer), 1, expert=self.name
+        )[0]
+        if isinstance(reply, MopeError):
+            raise reply
+        return reply
+
+    @property
+    def num_requests(self) -> int:
+        return self._client.num_requests
+
+    async def aclose(self) -> None:
+        await self._client.aclose()
+
+
+def open_expert(config: ExpertConfig, cache: DistributionCache | None) -> IdCompletions | TextCompletions:
+    """Connect to `base_url` in the dialect that `provider` names. Raises ConfigError or AuthenticationError."""
+    dialect = COMPLETIONS[config.provider]
+    base_url = required_url(config, dialect.base_url)
+    client = open_client(config, base_url if "/v1" in base_url or dialect.base_url else f"{base_url}/v1")
+    tokenizer = load_chat_tokenizer(config.tokenizer) if config.tokenizer else None
+    identity = (config.provider, config.identity or f"{base_url} {config.model or ''}")
+    if dialect.capabilities.ids_in:
+        return IdCompletions(
+            config.name,
+            client,
+            dialect,
+            model=config.model,
+            identity=identity,
+            tokenizer=tokenizer,
+            system=config.system,
+            cache=cache,
+            max_prompts=config.max_prompts if dialect.takes_lists else 1,
+        )
+    if tokenizer is None:
+        raise ConfigError(
+            f"expert {config.name!r}: `tokenizer` is missing: text completions need the model's chat template",
+            hint="Name the Hugging Face folder or hub name of the model's tokenizer, or use a chat provider.",
+        )
+    return TextCompletions(
+        config.name,
+        client,
+        dialect,
+        model=required_model(config),
+        identity=identity,
+        tokenizer=tokenizer,
+        system=config.system,
+        cache=cache,
+    )

@@ -1,0 +1,76 @@
+"""From an expert's table in the configuration to a connection: address, key, deadlines."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+
+import httpx
+
+from mope_bb.config import ExpertConfig
+from mope_bb.errors import AuthenticationError, ConfigError
+from mope_bb.transport import HttpClient
+
+
+def required_url(config: ExpertConfig, default: str | None = None) -> str:
+    """The address without a slash at its end. Raises ConfigError where there is none."""
+    url = config.base_url or default
+    if url is None:
+        raise ConfigError(f"expert {config.name!r}: `base_url` is missing", hint='Expected "http://host:port".')
+    return url.rstrip("/")
+
+
+def required_model(config: ExpertConfig) -> str:
+    """The served name. Raises ConfigError where there is none."""
+    if config.model is None:
+        raise ConfigError(f"expert {config.name!r}: `model` is missing", hint="Name the model as the endpoint does.")
+    return config.model
+
+
+def read_key(config: ExpertConfig) -> str | None:
+    """The key in the variable that `api_key_env` names. Raises AuthenticationError where it is not set."""
+    if config.api_key_env is None:
+        return None
+    key = os.environ.get(config.api_key_env)
+    if not key:
+        raise AuthenticationError(f"the environment variable {config.api_key_env!r} is not set", expert=config.name)
+    return key
+
+
+def open_client(config: ExpertConfig, base_url: str, *, key_header: str | None = None) -> HttpClient:
+    """A client for `base_url` with the expert's key and deadlines. Raises ConfigError or AuthenticationError."""
+    return HttpClient(
+        base_url,
+        provider=config.provider,
+        expert=config.name,
+        api_key=read_key(config),
+        key_header=key_header,
+        timeout_s=config.timeout_s,
+        attempt_timeout_s=config.attempt_timeout_s,
+        max_retries=config.max_retries,
+    )
+
+
+def connection_warnings(config: ExpertConfig) -> list[str]:
+    """What is unwise about how this endpoint is reached: a key over plain HTTP, a secret in the address."""
+    if config.base_url is None:
+        return []
+    found = []
+    url = httpx.URL(config.base_url)
+    if config.api_key_env and url.scheme == "http" and not _is_local(url.host):
+        found.append(f"The key in {config.api_key_env} travels unencrypted: use https for {url.host}.")
+    if url.userinfo or url.query:
+        found.append(
+            "`base_url` holds a user name or a query: name the variable with the key in `api_key_env` instead."
+        )
+    if url.path.rstrip("/").endswith("/completions"):
+        found.append("`base_url` ends with a route: leave /completions or /chat/completions out.")
+    return found
+
+
+def _is_local(host: str) -> bool:
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return host == "localhost" or "." not in host
+    return address.is_loopback or address.is_private

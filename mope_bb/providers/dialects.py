@@ -1,0 +1,255 @@
+"""How endpoints of one family differ on the wire, as data. The documentation's table is made from these.
+
+Sources: S the released source or the vendor's SDK types, D documentation, R a real server run here, U not verified
+(`mope-bb doctor` finds out). What each field does stands in the module of the family.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Final, Literal
+
+from mope_bb.providers.base import Capabilities
+
+
+@dataclass(frozen=True, slots=True)
+class Dialect:
+    """What all families share."""
+
+    capabilities: Capabilities
+    source: str
+    """Where the facts come from."""
+    base_url: str | None = None
+    """The default address, of hosted APIs."""
+    temperature: float = 0.0
+    """At which the endpoint returns the model's own logprobs. 0 where it can be: the drawn token is then on top."""
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    """Constant fields of every request."""
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionsDialect(Dialect):
+    """OpenAI's text completions."""
+
+    logprobs: Literal["number", "switch"] = "number"
+    """`logprobs: k`, or `logprobs: true` with `top_logprobs: k`."""
+    takes_lists: bool = False
+    """Several prompts in one request."""
+    tells_tokenizer: bool = False
+    """`root` of GET /v1/models is the model's folder or hub name."""
+    forces_token: bool = False
+    """A harmless token must be forced, since a drawn half character costs the list; the list itself stays raw."""
+    reports_usage: bool = True
+    """`usage.prompt_tokens` counts all that was sent."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChatDialect(Dialect):
+    """OpenAI's chat completions."""
+
+    prefill: Literal["continue_final_message", "prefix", "trailing", "none"] = "none"
+    """How a last message of the assistant is continued: by a flag of the request, of the message, or as it is."""
+    max_tokens_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
+    id_fields: Mapping[str, Any] = field(default_factory=dict)
+    """Sent where a tokenizer is configured: the list then names tokens by id, and no longer by text."""
+    forces_token: bool = False
+    """A harmless token must be forced, since a drawn half character costs the list; the list itself stays raw."""
+    needs_tokenizer: bool = False
+    """The end of the answer is told by its id alone."""
+    needs_version: bool = False
+    """Azure's addresses: the deployment and `api_version` stand in them."""
+    hint: str | None = None
+    """What to do where there are no logprobs."""
+
+
+_IDS: Final = Capabilities(ids_in=True, ids_out=True, byte_exact=True)
+
+COMPLETIONS: Final[Mapping[str, CompletionsDialect]] = {
+    "vllm": CompletionsDialect(
+        Capabilities(score="prefixes", logprob_noise=1e-4),
+        source="R vLLM 0.32 on CPU; S vLLM 0.33",
+        extra={
+            # Without it the list is keyed by text, and tokens of equal text fall together.
+            "return_tokens_as_token_ids": True,
+            "add_special_tokens": False,
+            "skip_special_tokens": False,
+        },
+        takes_lists=True,
+        tells_tokenizer=True,
+    ),
+    "sglang-completions": CompletionsDialect(
+        Capabilities(logprob_scale="scaled", ids_out=False, byte_exact=False, score="echo", logprob_noise=1e-2),
+        source="S SGLang 0.5.23: 0 is computed as 1; keys are text, parts of characters as latin-1; prefer `sglang`",
+        takes_lists=True,
+        tells_tokenizer=True,
+    ),
+    "llamacpp-completions": CompletionsDialect(
+        Capabilities(score="prefixes", logprob_noise=0.02),
+        source="R llama.cpp 2026.10: answers in the chat shape, with ids and bytes; prefer `llamacpp`",
+        temperature=1.0,
+        takes_lists=False,
+        forces_token=True,
+    ),
+    "tensorrt-llm": CompletionsDialect(
+        Capabilities(ids_out=False, byte_exact=False, logprob_scale="unknown"),
+        source="S trtllm-serve: unknown fields are refused; more than one logprob with the PyTorch backend only",
+        takes_lists=True,
+    ),
+    "fireworks": CompletionsDialect(
+        Capabilities(max_top_k=5, score="echo"),
+        source="S fireworks-ai 1.2.30",
+        base_url="https://api.fireworks.ai/inference/v1",
+        extra={"context_length_exceeded_behavior": "error"},
+        logprobs="switch",
+        takes_lists=True,
+    ),
+    "together": CompletionsDialect(
+        Capabilities(
+            max_top_k=20, prefill="text", logprob_scale="unknown", ids_in=False, ids_out=False, byte_exact=False
+        ),
+        source="S together 3.1.1: both shapes of logprobs are live",
+        base_url="https://api.together.ai/v1",
+    ),
+    "deepseek-completions": CompletionsDialect(
+        Capabilities(
+            max_top_k=20, prefill="text", logprob_scale="scaled", ids_in=False, ids_out=False, byte_exact=False
+        ),
+        source="D api-docs.deepseek.com (FIM, beta); I logprobs after temperature, so 1 is sent",
+        base_url="https://api.deepseek.com/beta",
+        temperature=1.0,
+    ),
+    "completions": CompletionsDialect(
+        Capabilities(prefill="text", logprob_scale="unknown", ids_in=False, ids_out=False, byte_exact=False),
+        source="U any other server with OpenAI's text completions",
+    ),
+}
+
+NATIVE: Final[Mapping[str, Dialect]] = {
+    "llamacpp": Dialect(
+        Capabilities(score="forced", logprob_noise=0.02),
+        source="R llama.cpp 2026.10",
+        temperature=1.0,
+    ),
+    "sglang": Dialect(
+        Capabilities(logprob_scale="scaled", score="start_len", logprob_noise=1e-2),
+        source="S SGLang 0.5.23: logprobs follow the temperature, but 0 is computed as 1",
+    ),
+    "vllm-generate": Dialect(
+        Capabilities(logprob_noise=1e-4),
+        source="R vLLM 0.32 on CPU; S vLLM 0.33: for servers started with --enable-scale-out",
+    ),
+    "ollama": Dialect(
+        Capabilities(
+            max_top_k=20,
+            prefill="text",
+            ids_in=False,
+            ids_out=False,
+            byte_exact=False,
+            eos_visible=False,
+            logprob_noise=0.02,
+        ),
+        source="S Ollama 0.33: llama.cpp's logprobs without ids, bytes and the end; prefer `llamacpp`",
+    ),
+    "tgi": Dialect(
+        Capabilities(prefill="text", logprob_scale="scaled", ids_in=False, logprob_noise=1e-2),
+        source="S TGI 3: lists of at most `--max-top-n-tokens`, 5 by default; no longer developed",
+    ),
+    "gemini": Dialect(
+        Capabilities(
+            max_top_k=20,
+            prefill="none",
+            logprob_scale="unknown",
+            ids_in=False,
+            ids_out=False,
+            byte_exact=False,
+            eos_visible=False,
+        ),
+        source="S google-genai; I many models refuse logprobs, on Vertex fewer; U whether anything is continued",
+        base_url="https://generativelanguage.googleapis.com/v1beta",
+    ),
+}
+
+_CHAT: Final = Capabilities(
+    prefill="messages", logprob_scale="unknown", ids_in=False, ids_out=False, byte_exact=True, eos_visible=True
+)
+_OPENAI: Final = replace(_CHAT, max_top_k=20, prefill="none")
+_OPENAI_HINT: Final = (
+    'Models from gpt-5.1 on give logprobs only where they do not reason: set extra_body = {reasoning_effort = "none"}. '
+    "gpt-5 and the o-series give none."
+)
+
+CHAT: Final[Mapping[str, ChatDialect]] = {
+    "openai": ChatDialect(
+        _OPENAI,
+        source="S openai 3.54; U logprobs raw, the end of an answer on the list",
+        base_url="https://api.openai.com/v1",
+        max_tokens_field="max_completion_tokens",
+        hint=_OPENAI_HINT,
+    ),
+    "azure": ChatDialect(
+        _OPENAI,
+        source="S openai 3.54: OpenAI's bodies, other addresses and another header for the key",
+        max_tokens_field="max_completion_tokens",
+        needs_version=True,
+        hint=_OPENAI_HINT,
+    ),
+    "xai": ChatDialect(
+        replace(_OPENAI, max_top_k=8),
+        source="S xai-sdk 1.21; U scale, so 1 is sent",
+        base_url="https://api.x.ai/v1",
+        temperature=1.0,
+    ),
+    "openrouter": ChatDialect(
+        # Each upstream is another server: what bytes and which scale depends on it.
+        replace(_CHAT, max_top_k=20, byte_exact=False),
+        source="D openrouter.ai/docs; I upstreams differ in all else, so 1 is sent",
+        base_url="https://openrouter.ai/api/v1",
+        temperature=1.0,
+        extra={"provider": {"allow_fallbacks": False, "require_parameters": True}},
+        prefill="trailing",
+        hint='Pin an upstream that gives logprobs: extra_body = {provider = {only = ["NAME"]}}.',
+    ),
+    "mistral": ChatDialect(
+        replace(_CHAT, ids_out=True),
+        source="S mistralai 3.7; U scale (so 1 is sent) and k",
+        base_url="https://api.mistral.ai/v1",
+        temperature=1.0,
+        prefill="prefix",
+    ),
+    "deepseek": ChatDialect(
+        replace(_CHAT, max_top_k=20, logprob_scale="scaled", eos_visible=False),
+        source="D api-docs.deepseek.com (beta); I logprobs after temperature, so 1 is sent; U end on the list",
+        base_url="https://api.deepseek.com/beta",
+        temperature=1.0,
+        extra={"thinking": {"type": "disabled"}},
+        prefill="prefix",
+    ),
+    "vllm-chat": ChatDialect(
+        replace(_CHAT, logprob_scale="raw", ids_out=True, logprob_noise=1e-4),
+        source="R vLLM 0.32 on CPU; S vLLM 0.33; prefer `vllm`",
+        extra={"add_special_tokens": False, "skip_special_tokens": False},
+        prefill="continue_final_message",
+        # Without them `bytes` are those of the decoded text, and half characters are "".
+        id_fields={"return_tokens_as_token_ids": True},
+    ),
+    "sglang-chat": ChatDialect(
+        replace(_CHAT, logprob_scale="scaled", logprob_noise=1e-2),
+        source="S SGLang 0.5.23: 0 is computed as 1; prefer `sglang`",
+        # Without the flag a last message of the assistant becomes one of the user.
+        prefill="continue_final_message",
+    ),
+    "llamacpp-chat": ChatDialect(
+        replace(_CHAT, logprob_scale="raw", ids_out=True, logprob_noise=0.02),
+        source="R llama.cpp 2026.10; prefer `llamacpp`",
+        temperature=1.0,
+        prefill="trailing",
+        forces_token=True,
+        needs_tokenizer=True,
+    ),
+    "chat": ChatDialect(
+        replace(_CHAT, byte_exact=False, eos_visible=False),
+        source="U any other server with OpenAI's chat completions",
+        prefill="trailing",
+    ),
+}

@@ -1,0 +1,484 @@
+"""What a live endpoint really does, found out by asking it: the cells of `mope-bb doctor`.
+
+Every check works through the adapter that would be used, on what the wire said before anything was repaired. None
+relies on what a model knows: an endpoint is compared with itself. A continued answer, for one, must be continued as the
+endpoint continued it when it drew the same tokens itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import statistics
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Final, Literal
+
+from mope_bb.config import ExpertConfig
+from mope_bb.errors import (
+    AuthenticationError,
+    ConfigError,
+    LogprobsUnavailableError,
+    MopeError,
+    ProviderError,
+    TopKError,
+)
+from mope_bb.providers.base import Expert, IdExpert
+from mope_bb.providers.connect import connection_warnings
+from mope_bb.providers.endpoint import Ask, WireExpert, build_from_reply
+from mope_bb.providers.pool import allowed_top_k
+from mope_bb.providers.registry import open_expert
+from mope_bb.providers.wire import Position, Reply
+from mope_bb.types import END, Context, Message, Piece
+
+Verdict = Literal["ok", "warning", "error", "unknown"]
+Entries = Sequence[tuple[Piece, float | None]]
+CHECKS: Final = (
+    "reachable",
+    "model",
+    "logprobs",
+    "top-k",
+    "order",
+    "token ids",
+    "bytes",
+    "prefill",
+    "trailing space",
+    "end of answer",
+    "scale",
+    "scoring",
+    "latency",
+    "tokenizer",
+    "connection",
+)
+QUESTIONS: Final = ("How do I fix a bike?", "What is a good name for a cat?", "Tell me about the moon.")
+SCORING: Final = {
+    "none": "token by token",
+    "forced": "forced decoding",
+    "start_len": "from a position on",
+    "echo": "echo of the prompt",
+}
+SAME: Final = 0.05
+"""Nats: replies to one question differ by less, those to different questions by more at some of the best pieces."""
+WALK: Final = 128
+"""Tokens within which an answer is expected to end."""
+NUM_TIMED: Final = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One cell."""
+
+    check: str
+    verdict: Verdict
+    value: str
+    advice: str = ""
+    """What it means and what to do, where it is not as it should be."""
+
+
+@dataclass(slots=True)
+class ExpertReport:
+    """One expert's column."""
+
+    name: str
+    provider: str
+    findings: dict[str, Finding] = field(default_factory=dict)
+    fingerprint: str | None = None
+
+    @property
+    def can_run(self) -> bool:
+        """Nothing stands in the way of merging it."""
+        return all(finding.verdict != "error" for finding in self.findings.values())
+
+    def add(self, check: str, verdict: Verdict, value: str, advice: str = "") -> None:
+        """Note a finding."""
+        self.findings[check] = Finding(check, verdict, value, advice)
+
+
+async def probe_experts(
+    configs: Sequence[ExpertConfig], progress: Callable[[str], None] = lambda _: None
+) -> list[ExpertReport]:
+    """Ask every expert, one after the other, and compare their tokenizers. Raises nothing that an endpoint caused."""
+    reports = []
+    for config in configs:
+        progress(config.name)
+        reports.append(await probe_expert(config))
+    known = [report for report in reports if report.fingerprint is not None]
+    for report in known:
+        others = [other.name for other in known if other.fingerprint != report.fingerprint]
+        if others:
+            report.add(
+                "tokenizer",
+                "error",
+                f"not that of {others[0]}",
+                f"{report.name} and {', '.join(others)} have different tokenizers and cannot be merged. Use experts "
+                "fine-tuned from one base model; where endpoints take text, set the same `tokenizer` for all.",
+            )
+        elif len(known) > 1:
+            report.add("tokenizer", "ok", "the same")
+    return reports
+
+
+async def probe_expert(config: ExpertConfig) -> ExpertReport:
+    """Ask one expert."""
+    report = ExpertReport(config.name, config.provider)
+    warnings = connection_warnings(config)
+    report.add("connection", "warning" if warnings else "ok", "see below" if warnings else "ok", " ".join(warnings))
+    try:
+        expert = await asyncio.to_thread(open_expert, config, None)
+    except MopeError as error:
+        report.add("reachable", "error", "not set up", _advice(error))
+        return report
+    try:
+        top_k = allowed_top_k(config, expert.capabilities)
+        if isinstance(expert, WireExpert):
+            await _Probe(expert, config, top_k, report).run()
+        else:
+            await _probe_here(expert, top_k, report)
+    except MopeError as error:
+        report.add("reachable", "error", "not set up", _advice(error))
+    finally:
+        await expert.aclose()
+    return report
+
+
+async def _probe_here(expert: Expert, top_k: int, report: ExpertReport) -> None:
+    """A model in this process has no wire that could be wrong."""
+    report.fingerprint = await expert.fingerprint()
+    started = time.perf_counter()
+    found = await expert.next_tokens(Context((Message("user", QUESTIONS[0]),)), top_k=top_k)
+    report.add("reachable", "ok", "in this process")
+    report.add("top-k", "ok", f"{len(found.pieces)} of {top_k}")
+    report.add("latency", "ok", f"{1000 * (time.perf_counter() - started):.0f} ms")
+    report.add("tokenizer", "ok", "known")
+
+
+class _Probe:
+    """The checks of one endpoint."""
+
+    def __init__(self, expert: WireExpert, config: ExpertConfig, top_k: int, report: ExpertReport) -> None:
+        self._expert = expert
+        self._config = config
+        self._top_k = top_k
+        self._report = report
+        self._walked: Reply | None = None
+
+    async def run(self) -> None:
+        """All checks; what fails costs only its own cell, unless nothing can be asked at all."""
+        if not await self._is_reachable():
+            return
+        checks: Sequence[tuple[str, Callable[[], Awaitable[None]]]] = (
+            ("model", self._model),
+            ("tokenizer", self._tokenizer),
+            ("logprobs", self._logprobs),
+        )
+        for check, look in checks:
+            await self._guarded(check, look)
+        if self._report.findings["logprobs"].verdict == "error":
+            # Where numbers are given at all, their scale may be the reason.
+            with suppress(MopeError):
+                await self._scale()
+            return
+        for check, look in (
+            ("top-k", self._list_length),
+            ("order", self._order),
+            ("token ids", self._ids),
+            ("bytes", self._bytes),
+            ("prefill", self._prefill),
+            ("trailing space", self._trailing_space),
+            ("end of answer", self._end),
+            ("scale", self._scale),
+            ("scoring", self._scoring),
+            ("latency", self._latency),
+        ):
+            await self._guarded(check, look)
+
+    async def _guarded(self, check: str, look: Callable[[], Awaitable[None]]) -> None:
+        try:
+            await look()
+        except MopeError as error:
+            self._report.add(check, "error", type(error).__name__, _advice(error))
+
+    def _add(self, check: str, verdict: Verdict, value: str, advice: str = "") -> None:
+        self._report.add(check, verdict, value, advice)
+
+    async def _observe(self, ask: Ask, response: tuple[Piece, ...] = (), question: int = 0) -> Reply:
+        return await self._expert.observe(Context((Message("user", QUESTIONS[question]),), response), ask)
+
+    async def _is_reachable(self) -> bool:
+        started = time.perf_counter()
+        try:
+            await self._observe(Ask(1))
+        except (AuthenticationError, ConfigError) as error:
+            self._add("reachable", "error", "not set up", _advice(error))
+            return False
+        except ProviderError as error:
+            # An answer that holds no distribution is an answer; a refusal, or none at all, is not.
+            if not isinstance(error, LogprobsUnavailableError | TopKError):
+                self._add("reachable", "error", type(error).__name__, _advice(error))
+                return False
+        self._add("reachable", "ok", f"{time.perf_counter() - started:.2f} s at first")
+        return True
+
+    async def _model(self) -> None:
+        served, wanted = await self._expert.served_models(), self._config.model
+        if served is None:
+            self._add("model", "unknown", "not listed")
+        elif wanted is None or wanted in served:
+            self._add("model", "ok", wanted or served[0])
+        else:
+            self._add(
+                "model",
+                "warning",
+                f"{served[0]}, not {wanted}",
+                f"The server answers, but serves {', '.join(served)} and no {wanted!r}. Set `model`, or `base_url`.",
+            )
+
+    async def _tokenizer(self) -> None:
+        self._report.fingerprint = await self._expert.fingerprint()
+        self._add("tokenizer", "ok", "known")
+
+    async def _logprobs(self) -> None:
+        reply = await self._observe(Ask(min(self._top_k, 5)))
+        build_from_reply(reply, num_ids=None, top_k=self._top_k, vocab_size=None, expert=self._expert.name)
+        self._add("logprobs", "ok", "given")
+
+    async def _list_length(self) -> None:
+        try:
+            given = _length(_first(await self._observe(Ask(self._top_k))))
+        except TopKError as error:
+            self._add("top-k", "error", f"refuses {self._top_k}", _advice(error))
+            return
+        if given >= self._top_k or given >= (await self._vocab_size() or math.inf):
+            self._add("top-k", "ok", f"{self._top_k} of {self._top_k}")
+            return
+        longer = _first(await self._observe(Ask(max(1, (given + self._top_k) // 2))))
+        if longer.has_ids or _length(longer) == given:
+            advice = f"It gives {given} pieces where {self._top_k} are asked for. Set top_k = {given}."
+            self._add("top-k", "warning", f"{given} of {self._top_k}", advice)
+        else:
+            advice = "Entries are missing: tokens of equal text fall together in a list that is keyed by text."
+            self._add("top-k", "warning", f"{given} of {self._top_k}", advice)
+
+    async def _vocab_size(self) -> int | None:
+        return await self._expert.vocab_size()
+
+    async def _walk(self) -> Reply:
+        """An answer that the endpoint draws itself, at temperature 1, so that not only best pieces are drawn."""
+        if self._walked is None:
+            self._walked = await self._observe(Ask(self._top_k, num_tokens=WALK, temperature=1.0))
+        return self._walked
+
+    async def _order(self) -> None:
+        lists = [(position, [value for _, value in position.entries]) for position in (await self._walk()).positions]
+        telling = [(position, values) for position, values in lists if position.drawn not in (None, _best(position))]
+        if not telling:
+            self._add("order", "unknown", "only best pieces drawn")
+        elif all(_descends(values) for _, values in lists):
+            self._add("order", "ok", "descending")
+        elif all(position.entries[0][0] == position.drawn and _descends(values[1:]) for position, values in telling):
+            is_cut = any(_length(position) <= self._top_k for position, _ in telling)
+            advice = "The drawn token stands first" + (
+                " and takes the place of the last piece of the list." if is_cut else ", the list is whole behind it."
+            )
+            harmless = self._expert.own_temperature == 0
+            advice += " Nothing is lost: at temperature 0 the drawn token is the best one." if harmless else ""
+            self._add("order", "ok" if harmless else "warning", "drawn token first", advice)
+        else:
+            self._add("order", "warning", "unsorted", "Lists come unsorted; they are sorted here, so nothing is lost.")
+
+    async def _ids(self) -> None:
+        promised = self._expert.capabilities
+        reply = await self._observe(Ask(self._top_k))
+        has_ids = _first(reply).has_ids
+        if promised.ids_out and not has_ids:
+            advice = (
+                "Token ids were asked for, and the list is keyed by text: tokens of equal text fall together. Is "
+                f"{self._config.provider!r} the software that serves this address, and its version recent?"
+            )
+            self._add("token ids", "error", "not given", advice)
+            return
+        if promised.ids_in and isinstance(self._expert, IdExpert):
+            sent = len(await self._expert.ids_of(Context((Message("user", QUESTIONS[0]),))))
+            if reply.prompt_tokens not in (None, sent):
+                advice = f"{sent} token ids were sent, and the endpoint read {reply.prompt_tokens}."
+                self._add("token ids", "error", "not read as sent", advice)
+                return
+        words = [word for word, there in (("in", promised.ids_in), ("out", has_ids)) if there]
+        advice = "" if promised.ids_in else "The answer so far is tokenized anew at each step; boundaries may move."
+        self._add("token ids", "ok", " and ".join(words) or "none", advice)
+
+    async def _bytes(self) -> None:
+        unreadable = sum(position.num_unreadable for position in (await self._walk()).positions)
+        if unreadable:
+            advice = (
+                f'{unreadable} entries named no token ("" or a broken character): their probability counts as unseen.'
+            )
+            self._add("bytes", "warning", "some lost", advice)
+        elif self._expert.capabilities.byte_exact:
+            self._add("bytes", "ok", "exact")
+        else:
+            advice = "Half characters have no text of their own: their probability counts as unseen."
+            self._add("bytes", "ok", "whole characters", advice)
+
+    async def _prefill(self) -> None:
+        if self._expert.capabilities.prefill == "none":
+            advice = (
+                f"{self._config.provider} answers from the beginning and continues nothing: it cannot be an expert. "
+                "Use it as a judge, or serve the model where an answer can be continued."
+            )
+            self._add("prefill", "error", "none", advice)
+            return
+        for question in range(len(QUESTIONS)):
+            own = await self._observe(Ask(self._top_k, num_tokens=2), question=question)
+            drawn = own.positions[0].drawn if len(own.positions) > 1 else None
+            if drawn is None or drawn == END or not _is_whole(drawn):
+                continue
+            continued = _first(await self._observe(Ask(self._top_k), (drawn,), question)).entries
+            if _agree(own.positions[1].entries, continued):
+                self._add("prefill", "ok", "honoured")
+                return
+            ignored = _agree(own.positions[0].entries, continued)
+            advice = "The answer so far is " + ("ignored." if ignored else "not continued as the endpoint itself does.")
+            advice += " Use text completions of this server, or name the `provider` that serves this address."
+            self._add("prefill", "error", "ignored" if ignored else "not honoured", advice)
+            return
+        self._add("prefill", "unknown", "no token to continue", "Its answers end at once, or begin inside a character.")
+
+    async def _trailing_space(self) -> None:
+        if self._expert.capabilities.prefill not in ("text", "messages"):
+            self._add("trailing space", "ok", "kept (ids)" if self._expert.capabilities.ids_in else "-")
+            return
+        drawn = _first(await self._observe(Ask(self._top_k))).drawn
+        if drawn is None or drawn == END or not _is_whole(drawn):
+            self._add("trailing space", "unknown", "-")
+            return
+        without = _first(await self._observe(Ask(self._top_k), (drawn,))).entries
+        with_space = _first(await self._observe(Ask(self._top_k), (drawn, Piece(b" ")))).entries
+        if _agree(without, with_space):
+            advice = "A space at the end of the answer so far is cut off, and what follows it is asked for wrongly."
+            self._add("trailing space", "warning", "cut off", advice)
+        else:
+            self._add("trailing space", "ok", "kept")
+
+    async def _end(self) -> None:
+        reply = await self._observe(Ask(self._top_k, num_tokens=WALK))
+        replies = (reply, await self._walk())
+        if any(piece == END for one in replies for position in one.positions for piece, _ in position.entries):
+            self._add("end of answer", "ok", "on the list")
+        elif any(one.has_ended for one in replies):
+            advice = "The end is seen only where it is the most probable piece, and then counts as certain."
+            self._add("end of answer", "warning", "hidden", advice)
+        else:
+            self._add("end of answer", "unknown", f"none in {WALK} tokens")
+
+    async def _scale(self) -> None:
+        at_one = _first(await self._observe(Ask(self._top_k, temperature=1.0))).entries
+        at_half = _first(await self._observe(Ask(self._top_k, temperature=0.5))).entries
+        slope = _slope(at_one, at_half)
+        if slope is None:
+            self._add("scale", "unknown", "too few pieces")
+            return
+        named = "raw" if abs(slope - 1) < 0.1 else "scaled" if abs(slope - 2) < 0.3 else f"unclear ({slope:.2f})"
+        try:
+            own = _first(await self._observe(Ask(self._top_k))).entries
+            fits = _agree(at_one, own) and any(value is not None and -9000 < value < -1e-6 for _, value in own)
+        except LogprobsUnavailableError:
+            fits = False
+        if fits:
+            advice = "" if named == "raw" else "Logprobs follow the temperature; the adapter asks where they are raw."
+            self._add("scale", "ok", named, advice)
+        else:
+            advice = (
+                f"Logprobs are taken after the temperature, and {self._config.provider!r} sends "
+                f"{self._expert.own_temperature:g}: what comes is not the model's own distribution. "
+                "Name the `provider` that serves this address; your own server may have a setting for raw logprobs."
+            )
+            self._add("scale", "error", named, advice)
+
+    async def _scoring(self) -> None:
+        how = self._expert.capabilities.score
+        if how != "prefixes":
+            self._add("scoring", "ok", SCORING[how])
+            return
+        contexts = [Context((Message("user", question),)) for question in QUESTIONS]
+        alone = [_first(await self._expert.observe(context, Ask(self._top_k))).entries for context in contexts]
+        together = await self._expert.observe_together(contexts, Ask(self._top_k))
+        if all(_agree(one, _first(other).entries) for one, other in zip(alone, together, strict=True)):
+            self._add("scoring", "ok", "list of prefixes")
+        else:
+            self._add("scoring", "error", "lists mixed up", "A list of prompts is not answered in its order.")
+
+    async def _latency(self) -> None:
+        seconds = []
+        response: tuple[Piece, ...] = ()
+        for _ in range(NUM_TIMED):
+            started = time.perf_counter()
+            position = _first(await self._observe(Ask(self._top_k), response))
+            seconds.append(time.perf_counter() - started)
+            best = next((p for p, _ in sorted(position.entries, key=_by_value) if p != END and _is_whole(p)), None)
+            if best is not None:
+                response = (*response, best)
+        self._add("latency", "ok", f"{1000 * statistics.median(seconds):.0f} ms a token")
+
+
+def _advice(error: MopeError) -> str:
+    return f"{str(error).removesuffix('.')}." + (f" {error.hint}" if error.hint else "")
+
+
+def _first(reply: Reply) -> Position:
+    if not reply.positions:
+        raise LogprobsUnavailableError("the server answered without logprobs")
+    return reply.positions[0]
+
+
+def _length(position: Position) -> int:
+    return len(position.entries) + position.num_unreadable
+
+
+def _by_value(entry: tuple[Piece, float | None]) -> float:
+    return math.inf if entry[1] is None else -entry[1]
+
+
+def _best(position: Position) -> Piece | None:
+    return min(position.entries, key=_by_value)[0] if position.entries else None
+
+
+def _descends(values: Sequence[float | None]) -> bool:
+    found = [-math.inf if value is None else value for value in values]
+    return all(left >= right for left, right in pairwise(found))
+
+
+def _is_whole(piece: Piece) -> bool:
+    try:
+        return bool(piece.data.decode())
+    except UnicodeDecodeError:
+        return False
+
+
+def _agree(left: Entries, right: Entries) -> bool:
+    """Whether two lists are of one distribution: the best pieces of each have about the same values in the other."""
+    first, second = dict(left), dict(right)
+    for one, other in ((first, second), (second, first)):
+        lowest = min((value for value in other.values() if value is not None), default=0.0)
+        for piece, value in sorted(one.items(), key=_by_value)[:5]:
+            found = other.get(piece)
+            # Below the other list's end a piece may be missing.
+            if value is not None and (abs(found - value) if found is not None else value - lowest) > SAME:
+                return False
+    return True
+
+
+def _slope(left: Entries, right: Entries) -> float | None:
+    """How much the differences between logprobs grow from `left` to `right`; None where too few pieces tell."""
+    second = dict(right)
+    pairs = [
+        (x, y) for piece, x in left if x is not None and (y := second.get(piece)) is not None and min(x, y) > -50.0
+    ]
+    if len(pairs) < 2:
+        return None
+    mean_x, mean_y = (statistics.fmean(values) for values in zip(*pairs, strict=True))
+    spread = math.fsum((x - mean_x) ** 2 for x, _ in pairs)
+    return math.fsum((x - mean_x) * (y - mean_y) for x, y in pairs) / spread if spread > 1e-4 else None

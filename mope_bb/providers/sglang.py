@@ -1,0 +1,180 @@
+"""SGLang's native `/generate`: ids in and out, lists of prompts, any k.
+
+Pitfalls that are handled here (each has a test):
+
+- Logprobs follow the temperature, but a greedy request is computed at 1: at 0 and at 1 they are the model's own. A
+  server older than that writes one 0 and -3.4e38, which is an error.
+- Entries are triples of logprob, id and text; only ids are read, so that no text needs to be written (it is null).
+- What the scheduler gives up comes with status 200 and `finish_reason.type` "abort": an error, and only that prompt's.
+- A server with `--allow-auto-truncate` cuts prompts silently: it must have read as many tokens as were sent.
+- GET /model_info tells where the tokenizer is. `root` of GET /v1/models does not, it repeats the served name; but an
+  adapter (LoRA) is known by its `parent` there, and is named in `lora_path`, since `/generate` has no `model`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mope_bb.cache import DistributionCache
+from mope_bb.chat_tokenizer import ChatTokenizer, load_chat_tokenizer
+from mope_bb.config import ExpertConfig
+from mope_bb.errors import ConfigError, LogprobsUnavailableError, MalformedResponseError, MopeError
+from mope_bb.providers.completions import choose_model, parse_models
+from mope_bb.providers.connect import open_client, required_url
+from mope_bb.providers.dialects import NATIVE
+from mope_bb.providers.endpoint import Ask, IdEndpoint
+from mope_bb.providers.wire import PieceReader, Reply, build_position, checked_logprob
+from mope_bb.transport import HttpClient, classify_status
+from mope_bb.types import Piece
+
+
+def build_request(prompts: Sequence[Sequence[int]], ask: Ask, *, adapter: str | None = None) -> dict[str, Any]:
+    """The body of one or several questions; `adapter` is the name of a LoRA adapter that is served."""
+    body: dict[str, Any] = {
+        "input_ids": [list(ids) for ids in prompts],
+        "sampling_params": {"max_new_tokens": ask.num_tokens, "temperature": ask.temperature or 0.0},
+        "return_logprob": True,
+        "top_logprobs_num": ask.top_k,
+        # Of the answer only: any other start costs the prefix cache from there on.
+        "logprob_start_len": -1,
+        "return_text_in_logprobs": False,
+    }
+    return body if adapter is None else body | {"lora_path": adapter}
+
+
+def parse_reply(data: Any, reader: PieceReader, *, expert: str) -> Reply:
+    """The reply to one prompt. Raises a ProviderError."""
+    try:
+        meta = data["meta_info"]
+        finish, prompt_tokens = meta.get("finish_reason") or {}, meta["prompt_tokens"]
+        if type(prompt_tokens) is not int:
+            raise ValueError(f"prompt_tokens {prompt_tokens!r}")
+        if finish.get("type") == "abort":
+            raise _aborted(finish, expert)
+        drawn, tops = meta.get("output_token_logprobs"), meta.get("output_top_logprobs")
+        if not drawn or not tops or None in tops:
+            raise LogprobsUnavailableError("the server answered without lists of logprobs", expert=expert)
+        positions = tuple(
+            build_position([_read(other, reader) for other in top], _read(one, reader), has_ids=True)
+            for one, top in zip(drawn, tops, strict=True)
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise MalformedResponseError(f"`meta_info` is not as SGLang writes it: {error!r}", expert=expert) from None
+    return Reply(positions, prompt_tokens, has_ended=finish.get("type") == "stop")
+
+
+def _read(triple: Sequence[Any], reader: PieceReader) -> tuple[Piece | None, float | None]:
+    logprob, token_id, _ = triple
+    if type(token_id) is not int:
+        raise ValueError(f"id {token_id!r}")
+    return reader.read(None, token_id=token_id), checked_logprob(logprob)
+
+
+def _aborted(finish: Mapping[str, Any], expert: str) -> MopeError:
+    message, status = str(finish.get("message") or "no reason given"), finish.get("status_code")
+    kind, hint = classify_status(status if type(status) is int else 500, message.encode())
+    return kind(f"the server gave the request up: {message[:300]}", hint=hint, expert=expert)
+
+
+def parse_response(data: Any, reader: PieceReader, num_prompts: int, *, expert: str) -> list[Reply | MopeError]:
+    """The replies in the order of the prompts, an error in the place of one that has no list.
+
+    Raises MalformedResponseError where it is not one reply for each prompt.
+    """
+    replies = [data] if isinstance(data, dict) and num_prompts == 1 else data
+    if not isinstance(replies, list) or len(replies) != num_prompts:
+        count = f"{len(replies)} replies" if isinstance(replies, list) else type(replies).__name__
+        raise MalformedResponseError(
+            f"{num_prompts} prompts were answered by {count}, expected one for each", expert=expert
+        )
+    found: list[Reply | MopeError] = []
+    for reply in replies:
+        try:
+            found.append(parse_reply(reply, reader, expert=expert))
+        except MopeError as error:
+            found.append(error)
+    return found
+
+
+def find_adapter(models: Any, wanted: str, *, expert: str) -> str | None:
+    """`wanted` if GET /v1/models lists it as an adapter, None if it is the model itself.
+
+    Raises ModelNotFoundError or MalformedResponseError.
+    """
+    served = choose_model(parse_models(models, expert=expert), wanted, expert=expert)
+    is_adapter = any(card["id"] == served.name and card.get("parent") for card in models["data"])
+    return served.name if is_adapter else None
+
+
+def find_tokenizer_path(model_info: Any, *, expert: str) -> str:
+    """Where the tokenizer is, from GET /model_info. Raises MalformedResponseError."""
+    if isinstance(model_info, dict):
+        path = model_info.get("tokenizer_path") or model_info.get("model_path")
+        if isinstance(path, str):
+            return path
+    raise MalformedResponseError(f"/model_info names no tokenizer: {str(model_info)[:100]!r}", expert=expert)
+
+
+class SglangExpert(IdEndpoint):
+    """A model, or a LoRA adapter of it, behind SGLang."""
+
+    def __init__(self, name: str, client: HttpClient, *, model: str | None = None, **settings: Any) -> None:
+        """`settings` are those of IdEndpoint. Without `model` no adapter is used."""
+        super().__init__(name, capabilities=NATIVE["sglang"].capabilities, **settings)
+        self._client = client
+        self._model = model
+        self._adapter: str | None = None
+        self._has_looked = model is None
+        self._look_lock = asyncio.Lock()
+
+    async def find_tokenizer(self) -> ChatTokenizer:
+        path = find_tokenizer_path(await self._client.get_json("/model_info"), expert=self.name)
+        try:
+            return await asyncio.to_thread(load_chat_tokenizer, path)
+        except ConfigError as error:
+            raise ConfigError(
+                f"expert {self.name!r}: {error.message}",
+                hint="The server names it as its tokenizer. Set `tokenizer` to where it is from here.",
+            ) from None
+
+    async def ask_prompts(self, prompts: Sequence[tuple[int, ...]], ask: Ask) -> list[Reply | MopeError]:
+        reader = PieceReader(await self.tokenizer())
+        body = build_request(prompts, ask, adapter=await self._find_adapter())
+        return parse_response(await self._client.post_json("/generate", body), reader, len(prompts), expert=self.name)
+
+    async def _find_adapter(self) -> str | None:
+        async with self._look_lock:
+            if not self._has_looked:
+                assert self._model is not None
+                models = await self._client.get_json("/v1/models")
+                self._adapter = find_adapter(models, self._model, expert=self.name)
+                self._has_looked = True
+            return self._adapter
+
+    async def served_models(self) -> list[str] | None:
+        return [model.name for model in parse_models(await self._client.get_json("/v1/models"), expert=self.name)]
+
+    @property
+    def num_requests(self) -> int:
+        return self._client.num_requests
+
+    async def aclose(self) -> None:
+        await super().aclose()
+        await self._client.aclose()
+
+
+def open_expert(config: ExpertConfig, cache: DistributionCache | None) -> SglangExpert:
+    """Connect to `base_url`, with or without "/v1". Raises ConfigError or AuthenticationError."""
+    base_url = required_url(config).removesuffix("/v1")
+    return SglangExpert(
+        config.name,
+        open_client(config, base_url),
+        model=config.model,
+        identity=(config.provider, config.identity or f"{base_url} {config.model or ''}"),
+        tokenizer=load_chat_tokenizer(config.tokenizer) if config.tokenizer else None,
+        system=config.system,
+        cache=cache,
+        max_prompts=config.max_prompts,
+    )

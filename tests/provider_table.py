@@ -1,0 +1,81 @@
+"""The table of docs/providers.md, made from the adapters' own facts: `python -m tests.provider_table` writes it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+from mope_bb.providers.base import Capabilities
+from mope_bb.providers.dialects import CHAT, COMPLETIONS, NATIVE, Dialect
+from mope_bb.providers.probe import SCORING
+
+PAGE: Final = Path(__file__).parents[1] / "docs" / "providers.md"
+BEGIN: Final = "<!-- made by tests/provider_table.py -->"
+END: Final = "<!-- end -->"
+REAL: Final = {
+    "llamacpp": "llama.cpp",
+    "llamacpp-completions": "llama.cpp",
+    "llamacpp-chat": "llama.cpp",
+    "vllm": "vLLM on CPU",
+    "vllm-chat": "vLLM on CPU",
+    "vllm-generate": "vLLM on CPU",
+}
+"""Providers that are tested against the software itself; the others against stand-ins with a real model behind them."""
+PREFILL: Final = {
+    "ids": "token ids",
+    "text": "text after the template",
+    "messages": "the assistant's last message",
+    "pieces": "pieces",
+    "none": "**nothing**",
+}
+
+
+def rows() -> Iterator[str]:
+    """The lines of the table."""
+    yield (
+        "| `provider` | route | k | continues an answer by | ids in / out | bytes | end of answer | logprobs | "
+        "T sent | scores a draft by | tested against | source |"
+    )
+    yield "|" + "---|" * 12
+    for route, table in (("native", NATIVE), ("completions", COMPLETIONS), ("chat", CHAT)):
+        for name, dialect in table.items():
+            yield row(name, route, dialect)
+
+
+def row(name: str, route: str, dialect: Dialect) -> str:
+    """One provider."""
+    facts: Capabilities = dialect.capabilities
+    ids = " / ".join("yes" if there else "no" for there in (facts.ids_in, facts.ids_out))
+    scoring = {**SCORING, "prefixes": "list of prefixes"}[facts.score]
+    cells = (
+        f"`{name}`",
+        route,
+        "any" if facts.max_top_k is None else str(facts.max_top_k),
+        PREFILL[facts.prefill],
+        ids,
+        "exact" if facts.byte_exact else "whole characters",
+        "visible" if facts.eos_visible else "hidden",
+        facts.logprob_scale,
+        f"{dialect.temperature:g}",
+        "-" if facts.prefill == "none" else scoring,
+        REAL.get(name, "stand-in"),
+        dialect.source,
+    )
+    return "| " + " | ".join(cells) + " |"
+
+
+def page_with_table(page: str) -> str:
+    """The page with its table as it should be."""
+    before, rest = page.split(BEGIN)
+    _, after = rest.split(END)
+    return before + BEGIN + "\n\n" + "\n".join(rows()) + "\n\n" + END + after
+
+
+def main() -> None:
+    """Write the table."""
+    PAGE.write_text(page_with_table(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
