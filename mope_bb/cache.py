@@ -1,8 +1,8 @@
 """Next-token distributions on disk: diskcache without pickle, without eviction.
 
 What identifies a distribution: the model (its `identity`, else provider, address and served name), the prompt's ids
-(or its text), the length of the list, and the version of this format. What does not: deadlines, retries, keys, who asked. Only
-distributions are kept, never sampled pieces, so that two answers drawn from one cache stay independent.
+(or its text), the length of the list, and the version of this format. What does not: deadlines, retries, keys, who
+asked. Only distributions are kept, never sampled pieces, so that two answers drawn from one cache stay independent.
 """
 
 from __future__ import annotations

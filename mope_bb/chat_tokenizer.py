@@ -94,7 +94,7 @@ class ChatTokenizer:
         return None if token_id is None else self.piece(token_id)
 
     def piece_of_bytes(self, data: bytes) -> Piece | None:
-        """The piece that adds exactly `data`; None where the tokenizer has none, or several that cannot be told apart."""
+        """The piece that adds exactly `data`; None where there is none, or several that look alike."""
         return self._pieces_by_bytes.get(data)
 
     @cached_property

@@ -65,7 +65,8 @@ _TOP_K = re.compile(
     re.IGNORECASE,
 )
 _PREFILL = re.compile(
-    r"does not support assistant message prefill|must end with a user message|cannot set both.{0,80}final_message|continue_final_message.{0,60}not compatible"
+    r"does not support assistant message prefill|must end with a user message|cannot set both.{0,80}final_message"
+    r"|continue_final_message.{0,60}not compatible"
     r"|(prefix|prefill|continue_final_message).{0,60}(not supported|not allowed|unsupported)",
     re.IGNORECASE,
 )

@@ -50,6 +50,7 @@ CHECKS: Final = (
     "scale",
     "scoring",
     "latency",
+    "together",
     "tokenizer",
     "connection",
 )
@@ -64,6 +65,8 @@ SAME: Final = 0.05
 """Nats: replies to one question differ by less, those to different questions by more at some of the best pieces."""
 WALK: Final = 128
 """Tokens within which an answer is expected to end."""
+TOGETHER: Final = 24
+"""Tokens that the models of one server draw at the same time."""
 NUM_TIMED: Final = 5
 
 
@@ -105,6 +108,7 @@ async def probe_experts(
     for config in configs:
         progress(config.name)
         reports.append(await probe_expert(config))
+    await _probe_together(configs, reports)
     known = [report for report in reports if report.fingerprint is not None]
     for report in known:
         others = [other.name for other in known if other.fingerprint != report.fingerprint]
@@ -119,6 +123,59 @@ async def probe_experts(
         elif len(known) > 1:
             report.add("tokenizer", "ok", "the same")
     return reports
+
+
+async def _probe_together(configs: Sequence[ExpertConfig], reports: Sequence[ExpertReport]) -> None:
+    """Does one server keep its models apart when they are asked at the same time? Not all do (vllm#48421)."""
+    by_address: dict[str, list[tuple[ExpertConfig, ExpertReport]]] = {}
+    for config, report in zip(configs, reports, strict=True):
+        if config.base_url is not None and report.can_run:
+            by_address.setdefault(config.base_url.rstrip("/"), []).append((config, report))
+    for group in by_address.values():
+        if len({config.model for config, _ in group}) > 1:
+            await _compare_together(group)
+
+
+async def _compare_together(group: Sequence[tuple[ExpertConfig, ExpertReport]]) -> None:
+    experts = [await asyncio.to_thread(open_expert, config, None) for config, _ in group]
+    context = Context((Message("user", QUESTIONS[0]),))
+    asks = [
+        Ask(allowed_top_k(config, one.capabilities), TOGETHER, 0.0)
+        for (config, _), one in zip(group, experts, strict=True)
+    ]
+    try:
+        wired = [one for one in experts if isinstance(one, WireExpert)]
+        alone = [await one.observe(context, ask) for one, ask in zip(wired, asks, strict=True)]
+        together = await asyncio.gather(*(one.observe(context, ask) for one, ask in zip(wired, asks, strict=True)))
+    except MopeError as error:
+        for _, report in group:
+            report.add("together", "error", type(error).__name__, _advice(error))
+        return
+    finally:
+        for one in experts:
+            await one.aclose()
+    for (config, report), first, second in zip(group, alone, together, strict=True):
+        if _same_course(first, second):
+            report.add("together", "ok", "kept apart")
+        else:
+            report.add(
+                "together",
+                "error",
+                "mixed up",
+                f"Asked at the same time as the other models of this server, {config.model!r} gives other lists than "
+                "alone. vLLM on CPU does so with a base beside its adapters: start it with --max-loras one above their "
+                "number, or serve the base from a server of its own.",
+            )
+
+
+def _same_course(left: Reply, right: Reply) -> bool:
+    """Equal lists as far as both drew the same pieces."""
+    for first, second in zip(left.positions, right.positions, strict=False):
+        if not _agree(first.entries, second.entries):
+            return False
+        if first.drawn != second.drawn:
+            return True
+    return True
 
 
 async def probe_expert(config: ExpertConfig) -> ExpertReport:
@@ -412,6 +469,7 @@ class _Probe:
             self._add("scoring", "error", "lists mixed up", "A list of prompts is not answered in its order.")
 
     async def _latency(self) -> None:
+        grows = self._expert.capabilities.prefill != "none"
         seconds = []
         response: tuple[Piece, ...] = ()
         for _ in range(NUM_TIMED):
@@ -419,7 +477,7 @@ class _Probe:
             position = _first(await self._observe(Ask(self._top_k), response))
             seconds.append(time.perf_counter() - started)
             best = next((p for p, _ in sorted(position.entries, key=_by_value) if p != END and _is_whole(p)), None)
-            if best is not None:
+            if best is not None and grows:
                 response = (*response, best)
         self._add("latency", "ok", f"{1000 * statistics.median(seconds):.0f} ms a token")
 

@@ -6,13 +6,13 @@ import json
 import sys
 from pathlib import Path
 
+from transformers import AutoTokenizer
+
 HERE = Path(__file__).parent
 
 
 def write_tokenizer(model: str, folder: Path) -> None:
     """Tulu's tokenizer has no chat template of its own."""
-    from transformers import AutoTokenizer
-
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokenizer.chat_template = (HERE / "tulu.jinja").read_text(encoding="utf-8")
     tokenizer.save_pretrained(folder)
