@@ -59,6 +59,11 @@ evidence: $(STAMP)
 	$(BIN)/python -m tests.evidence_training
 	$(BIN)/python -m tests.evidence_async
 
+# Tests against the real vLLM on CPU and `transformers serve`, in an environment of their own (3 GB).
+.PHONY: engines
+engines: $(STAMP) vllm-env
+	$(BIN)/python -m pytest tests/engines --engines
+
 # Claims about speed, as ratios measured side by side. Results go to benchmarks/.
 .PHONY: bench
 bench: $(STAMP)

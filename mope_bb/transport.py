@@ -51,6 +51,8 @@ BACKOFF_MAX_S: Final = 8.0
 _CONTEXT = re.compile(
     r"maximum context length|context length|exceeds? the available context|longer than the (model|maximum)"
     r"|exceed_context_size|context_length_exceeded|input length exceeds"
+    # vLLM's words for a prompt that fills the context to the last token.
+    r"|max_tokens must be at least 1, got"
     r"|`inputs` (tokens \+|must have less than)|input token count.{0,20}exceeds",  # TGI, Gemini
     re.IGNORECASE,
 )

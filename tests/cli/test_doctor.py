@@ -10,6 +10,9 @@ from typing import Any
 
 import pytest
 
+from mope_bb.providers import probe
+from mope_bb.providers.wire import Position, Reply
+from mope_bb.types import Piece
 from mope_bb.zoo.serving import ZooServer
 from tests.command_line import Run
 from tests.endpoints.stand_ins import StandIns
@@ -191,3 +194,16 @@ def test_only_what_is_named(mope: Run, scripted_config: str) -> None:
     document = json.loads(mope("doctor", "-c", scripted_config, "--only", "left", "--json").out)
     assert [one["name"] for one in document["experts"]] == ["left"]
     mope("doctor", "-c", scripted_config, "--only", "middle").assert_refused(2, "'middle'", "left, right")
+
+
+def test_models_that_a_server_mixes_up_are_told_apart() -> None:
+    """Lists must agree as long as both courses drew the same pieces; a near tie may part them afterwards."""
+
+    def course(*steps: tuple[bytes, float]) -> Reply:
+        pieces = [(Piece(data), value) for data, value in steps]
+        return Reply(tuple(Position((entry, (Piece(b"z"), -3.0)), entry[0]) for entry in pieces))
+
+    alone = course((b"a", -0.5), (b"b", -0.6))
+    assert probe._same_course(alone, course((b"a", -0.51), (b"b", -0.6)))
+    assert not probe._same_course(alone, course((b"a", -0.5), (b"b", -1.6)))
+    assert not probe._same_course(alone, course((b"x", -0.1), (b"b", -0.6)))

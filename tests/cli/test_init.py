@@ -37,7 +37,7 @@ def test_llamacpp_servers_become_experts_that_answer(mope: Run, nano_experts: Zo
 def test_one_model_becomes_three_experts(mope: Run, stand_ins: StandIns, tmp_path: Path) -> None:
     """With a system prompt each, since one expert alone has nothing to be merged with."""
     path = tmp_path / "mope.toml"
-    assert mope("init", stand_ins.open("vllm-chat").url + "/v1", "-o", str(path)).status == 0
+    assert mope("init", stand_ins.open("vllm").url + "/v1", "-o", str(path)).status == 0
     config = load_config(path)
     assert [expert.dimension for expert in config.experts] == ["concise", "informative", "friendly"]
     assert {expert.model for expert in config.experts} == {MODEL}

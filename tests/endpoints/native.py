@@ -234,6 +234,16 @@ def gemini_top(engine: TinyEngine, one: Drawn, k: int) -> dict[str, Any]:
     return {"candidates": [gemini_entry(engine, one, token) for token, _ in one.top(k)]}
 
 
+def ollama_tags(stand_in: StandIn, body: Mapping[str, Any], request: web.Request) -> Reply:
+    """GET /api/tags: what was pulled."""
+    return 200, {"models": [{"name": name, "model": name} for name in stand_in.engines]}
+
+
+def tgi_info(stand_in: StandIn, body: Mapping[str, Any], request: web.Request) -> Reply:
+    """GET /info of TGI."""
+    return 200, {"model_id": next(iter(stand_in.engines)), "model_pipeline_tag": "text-generation"}
+
+
 ROUTES: Mapping[str, Mapping[tuple[str, str], Handler]] = {
     "sglang": {
         ("POST", "/generate"): sglang_generate,
@@ -241,8 +251,8 @@ ROUTES: Mapping[str, Mapping[tuple[str, str], Handler]] = {
         ("GET", "/v1/models"): sglang_models,
     },
     "vllm-generate": {("POST", "/inference/v1/generate"): vllm_generate, ("GET", "/v1/models"): models},
-    "ollama": {("POST", "/api/generate"): ollama_generate},
-    "tgi": {("POST", "/generate"): tgi_generate},
+    "ollama": {("POST", "/api/generate"): ollama_generate, ("GET", "/api/tags"): ollama_tags},
+    "tgi": {("POST", "/generate"): tgi_generate, ("GET", "/info"): tgi_info},
     "gemini": {("POST", "/v1beta/models/tiny:generateContent"): gemini_generate},
 }
 """Provider -> its routes."""

@@ -33,7 +33,7 @@ from mope_bb.types import END, Context, Message, SamplingOptions, TokenDistribut
 from mope_bb.zoo.serving import ZooServer
 from tests.command_line import Run
 from tests.engines.adapters import load_merged
-from tests.engines.servers import API_KEY, EngineServer, serve_vllm
+from tests.engines.servers import API_KEY, EngineServer
 from tests.exactness.dense import Array, DenseModel, merge_dense, total_variation
 
 EXACT = 1e-4
@@ -351,28 +351,6 @@ def ask_wrongly(server: EngineServer, question: str = "Hi?", **changes: object) 
     with pytest.raises(ProviderError) as caught:
         asyncio.run(main())
     return caught.value
-
-
-def test_the_doctor_finds_a_base_that_answers_as_its_adapter(
-    adapters: dict[str, Path], nano_experts: ZooServer, mope: Run, tmp_path: Path
-) -> None:
-    """vllm-project/vllm#48421: without an empty slot the base of this vLLM speaks with an adapter's weights."""
-    folder = nano_experts.zoo.folder("base")
-    with serve_vllm(folder, name="base", lora=adapters, has_spare_slot=False) as url:
-        path = tmp_path / "mope.toml"
-        path.write_text(
-            "\n".join(f"[[experts]]\n{toml(one)}" for one in three(EngineServer(url, "base", folder, adapters)))
-        )
-        result = mope("doctor", "-c", str(path), "--json")
-    found = {one["name"]: one["findings"] for one in json.loads(result.out)["experts"]}
-    together = {name: next(one for one in cells if one["check"] == "together") for name, cells in found.items()}
-    assert {name: one["value"] for name, one in together.items()} == {
-        "base": "mixed up",
-        "one": "kept apart",
-        "two": "kept apart",
-    }
-    assert "--max-loras" in together["base"]["advice"]
-    assert result.status == 1
 
 
 def test_refusals_are_typed_and_say_what_to_do(vllm_locked: EngineServer, monkeypatch: pytest.MonkeyPatch) -> None:
