@@ -49,6 +49,11 @@ class MopeError(Exception):
     def __str__(self) -> str:
         return self.message
 
+    @property
+    def in_words(self) -> str:
+        """The message and what to do, as sentences."""
+        return f"{str(self).removesuffix('.')}." + (f" {self.hint}" if self.hint else "")
+
 
 class ConfigError(MopeError, ValueError):
     """A configuration file, a flag or a name is wrong."""

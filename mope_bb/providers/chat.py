@@ -164,6 +164,8 @@ def _thinks(message: Mapping[str, Any], data: Mapping[str, Any]) -> bool:
 class ChatExpert(TextEndpoint):
     """A model behind a chat API."""
 
+    _client: OpenAIClient
+
     def __init__(
         self,
         name: str,
@@ -224,13 +226,6 @@ class ChatExpert(TextEndpoint):
                 error.hint = self._dialect.hint
             raise
         return parse_response(data, self._reader, expert=self.name, answer=answer, hint=self._dialect.hint)
-
-    @property
-    def num_requests(self) -> int:
-        return self._client.num_requests
-
-    async def aclose(self) -> None:
-        await self._client.aclose()
 
 
 def _capabilities(dialect: ChatDialect, has_tokenizer: bool) -> Capabilities:

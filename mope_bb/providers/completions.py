@@ -24,7 +24,7 @@ from mope_bb.cache import DistributionCache
 from mope_bb.chat_tokenizer import ChatTokenizer, load_chat_tokenizer
 from mope_bb.config import ExpertConfig
 from mope_bb.errors import ConfigError, MalformedResponseError, ModelNotFoundError, MopeError
-from mope_bb.providers.connect import open_client, required_model, required_url
+from mope_bb.providers.connect import load_served_tokenizer, open_client, required_model, required_url
 from mope_bb.providers.dialects import COMPLETIONS, CompletionsDialect
 from mope_bb.providers.endpoint import Ask, IdEndpoint, TextEndpoint
 from mope_bb.providers.wire import PieceReader, Reply, in_order, parse_openai_logprobs, parse_usage
@@ -120,6 +120,8 @@ def parse_models(data: Any, *, expert: str) -> list[ServedModel]:
 class IdCompletions(IdEndpoint):
     """A completions endpoint that takes token ids."""
 
+    _client: HttpClient
+
     def __init__(
         self, name: str, client: HttpClient, dialect: CompletionsDialect, *, model: str | None, **settings: Any
     ) -> None:
@@ -138,13 +140,7 @@ class IdCompletions(IdEndpoint):
         root = (await self._find_model()).root
         if root is None:
             return await super().find_tokenizer()
-        try:
-            return await asyncio.to_thread(load_chat_tokenizer, root)
-        except ConfigError as error:
-            raise ConfigError(
-                f"expert {self.name!r}: {error.message}",
-                hint="The server names it as its model. Set `tokenizer` to where its tokenizer is from here.",
-            ) from None
+        return await load_served_tokenizer(root, expert=self.name)
 
     async def ask_prompts(self, prompts: Sequence[tuple[int, ...]], ask: Ask) -> list[Reply | MopeError]:
         tokenizer = await self.tokenizer()
@@ -184,14 +180,6 @@ class IdCompletions(IdEndpoint):
     async def served_models(self) -> list[str] | None:
         return [model.name for model in await self._list_models()] if self._dialect.tells_tokenizer else None
 
-    @property
-    def num_requests(self) -> int:
-        return self._client.num_requests
-
-    async def aclose(self) -> None:
-        await super().aclose()
-        await self._client.aclose()
-
 
 def choose_model(models: Sequence[ServedModel], wanted: str | None, *, expert: str) -> ServedModel:
     """The model called `wanted`; without a name the only one. Raises ModelNotFoundError or ConfigError."""
@@ -208,6 +196,8 @@ def choose_model(models: Sequence[ServedModel], wanted: str | None, *, expert: s
 
 class TextCompletions(TextEndpoint):
     """A completions endpoint that takes text: the rendered template, then the answer so far."""
+
+    _client: HttpClient
 
     def __init__(
         self, name: str, client: HttpClient, dialect: CompletionsDialect, *, model: str, **settings: Any
@@ -229,13 +219,6 @@ class TextCompletions(TextEndpoint):
         if isinstance(reply, MopeError):
             raise reply
         return reply
-
-    @property
-    def num_requests(self) -> int:
-        return self._client.num_requests
-
-    async def aclose(self) -> None:
-        await self._client.aclose()
 
 
 def open_expert(config: ExpertConfig, cache: DistributionCache | None) -> IdCompletions | TextCompletions:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import os
 
 import httpx
 
+from mope_bb.chat_tokenizer import ChatTokenizer, load_chat_tokenizer
 from mope_bb.config import ExpertConfig
 from mope_bb.errors import AuthenticationError, ConfigError
 from mope_bb.transport import HttpClient
@@ -49,6 +51,17 @@ def open_client(config: ExpertConfig, base_url: str, *, key_header: str | None =
         attempt_timeout_s=config.attempt_timeout_s,
         max_retries=config.max_retries,
     )
+
+
+async def load_served_tokenizer(path: str, *, expert: str) -> ChatTokenizer:
+    """The tokenizer from where a server says that it has its own. Raises ConfigError."""
+    try:
+        return await asyncio.to_thread(load_chat_tokenizer, path)
+    except ConfigError as error:
+        raise ConfigError(
+            f"expert {expert!r}: {error.message}",
+            hint="The server names it as its own. Set `tokenizer` to where it is from here.",
+        ) from None
 
 
 def connection_warnings(config: ExpertConfig) -> list[str]:

@@ -63,8 +63,6 @@ class ChatDialect(Dialect):
     """What to do where there are no logprobs."""
 
 
-_IDS: Final = Capabilities(ids_in=True, ids_out=True, byte_exact=True)
-
 COMPLETIONS: Final[Mapping[str, CompletionsDialect]] = {
     "vllm": CompletionsDialect(
         Capabilities(score="prefixes", logprob_noise=1e-4),

@@ -11,7 +11,7 @@ import re
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Protocol
 
 import orjson
 
@@ -50,11 +50,30 @@ class Ask:
     """Of what the endpoint draws; None = the one at which it returns the model's own logprobs."""
 
 
+class Connection(Protocol):
+    """What every client of an endpoint has, whoever wrote it."""
+
+    @property
+    def num_requests(self) -> int:
+        """Requests sent, retries included."""
+
+    async def aclose(self) -> None:
+        """Close all connections."""
+
+
 class WireExpert(Expert):
     """An expert behind HTTP, whose replies can be seen as the wire has them: what `probe` looks at."""
 
+    _client: Connection
     own_temperature: float = 0.0
     """What is sent where `Ask.temperature` is None."""
+
+    @property
+    def num_requests(self) -> int:
+        return self._client.num_requests
+
+    async def aclose(self) -> None:
+        await self._client.aclose()
 
     @abstractmethod
     async def observe(self, context: Context, ask: Ask) -> Reply:
@@ -175,6 +194,7 @@ class IdEndpoint(IdExpert, WireExpert):
 
     async def aclose(self) -> None:
         await self._questions.aclose()
+        await super().aclose()
 
 
 class TextEndpoint(WireExpert):

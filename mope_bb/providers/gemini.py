@@ -83,6 +83,8 @@ def _as_text(extra: Mapping[str, Any]) -> tuple[str, ...]:
 class GeminiExpert(TextEndpoint):
     """A model of Google's, of which the first token of an answer can be seen."""
 
+    _client: HttpClient
+
     def __init__(self, name: str, client: HttpClient, *, model: str, extra: Mapping[str, Any], **settings: Any) -> None:
         """`settings` are those of TextEndpoint."""
         super().__init__(name, capabilities=NATIVE["gemini"].capabilities, **settings)
@@ -92,13 +94,6 @@ class GeminiExpert(TextEndpoint):
         body = build_request(messages, ask, extra=self._extra, expert=self.name)
         data = await self._client.post_json(f"/models/{self._model}:generateContent", body)
         return parse_reply(data, PieceReader(None), expert=self.name)
-
-    @property
-    def num_requests(self) -> int:
-        return self._client.num_requests
-
-    async def aclose(self) -> None:
-        await self._client.aclose()
 
 
 def open_expert(config: ExpertConfig, cache: DistributionCache | None) -> GeminiExpert:

@@ -119,6 +119,8 @@ def _parse_entry(entry: Mapping[str, Any], reader: PieceReader) -> tuple[Piece, 
 class LlamaCppExpert(IdEndpoint):
     """A model behind llama.cpp's server."""
 
+    _client: HttpClient
+
     def __init__(
         self, name: str, client: HttpClient, *, model: str | None = None, max_prompts: int = 1, **settings: Any
     ) -> None:
@@ -235,14 +237,6 @@ class LlamaCppExpert(IdEndpoint):
             return self._known_tokenizer.fingerprint
         encodings = await asyncio.gather(*(self._tokenize(text, parse_special=False) for text in FINGERPRINT_TEXTS))
         return fingerprint_of(encodings)
-
-    @property
-    def num_requests(self) -> int:
-        return self._client.num_requests
-
-    async def aclose(self) -> None:
-        await super().aclose()
-        await self._client.aclose()
 
 
 def _field(data: Any, name: str, kind: type, expert: str) -> Any:

@@ -87,6 +87,8 @@ def _no_logprobs(text: str, expert: str) -> LogprobsUnavailableError:
 class OllamaExpert(TextEndpoint):
     """A model behind Ollama."""
 
+    _client: HttpClient
+
     def __init__(self, name: str, client: HttpClient, *, model: str, **settings: Any) -> None:
         """`settings` are those of TextEndpoint, a tokenizer among them."""
         super().__init__(name, capabilities=NATIVE["ollama"].capabilities, **settings)
@@ -97,13 +99,6 @@ class OllamaExpert(TextEndpoint):
         body = build_request(self.render(messages, answer), ask, model=self._model)
         data = await self._client.post_json("/api/generate", body)
         return parse_reply(data, PieceReader(self._tokenizer), expert=self.name)
-
-    @property
-    def num_requests(self) -> int:
-        return self._client.num_requests
-
-    async def aclose(self) -> None:
-        await self._client.aclose()
 
 
 def open_expert(config: ExpertConfig, cache: DistributionCache | None) -> OllamaExpert:

@@ -149,7 +149,7 @@ async def _compare_together(group: Sequence[tuple[ExpertConfig, ExpertReport]]) 
         together = await asyncio.gather(*(one.observe(context, ask) for one, ask in zip(wired, asks, strict=True)))
     except MopeError as error:
         for _, report in group:
-            report.add("together", "error", type(error).__name__, _advice(error))
+            report.add("together", "error", type(error).__name__, error.in_words)
         return
     finally:
         for one in experts:
@@ -186,7 +186,7 @@ async def probe_expert(config: ExpertConfig) -> ExpertReport:
     try:
         expert = await asyncio.to_thread(open_expert, config, None)
     except MopeError as error:
-        report.add("reachable", "error", "not set up", _advice(error))
+        report.add("reachable", "error", "not set up", error.in_words)
         return report
     try:
         top_k = allowed_top_k(config, expert.capabilities)
@@ -195,7 +195,7 @@ async def probe_expert(config: ExpertConfig) -> ExpertReport:
         else:
             await _probe_here(expert, top_k, report)
     except MopeError as error:
-        report.add("reachable", "error", "not set up", _advice(error))
+        report.add("reachable", "error", "not set up", error.in_words)
     finally:
         await expert.aclose()
     return report
@@ -256,7 +256,7 @@ class _Probe:
         try:
             await look()
         except MopeError as error:
-            self._report.add(check, "error", type(error).__name__, _advice(error))
+            self._report.add(check, "error", type(error).__name__, error.in_words)
 
     def _add(self, check: str, verdict: Verdict, value: str, advice: str = "") -> None:
         self._report.add(check, verdict, value, advice)
@@ -269,12 +269,12 @@ class _Probe:
         try:
             await self._observe(Ask(1))
         except (AuthenticationError, ConfigError) as error:
-            self._add("reachable", "error", "not set up", _advice(error))
+            self._add("reachable", "error", "not set up", error.in_words)
             return False
         except ProviderError as error:
             # An answer that holds no distribution is an answer; a refusal, or none at all, is not.
             if not isinstance(error, LogprobsUnavailableError | TopKError):
-                self._add("reachable", "error", type(error).__name__, _advice(error))
+                self._add("reachable", "error", type(error).__name__, error.in_words)
                 return False
         self._add("reachable", "ok", f"{time.perf_counter() - started:.2f} s at first")
         return True
@@ -306,7 +306,7 @@ class _Probe:
         try:
             given = _length(_first(await self._observe(Ask(self._top_k))))
         except TopKError as error:
-            self._add("top-k", "error", f"refuses {self._top_k}", _advice(error))
+            self._add("top-k", "error", f"refuses {self._top_k}", error.in_words)
             return
         if given >= self._top_k or given >= (await self._vocab_size() or math.inf):
             self._add("top-k", "ok", f"{self._top_k} of {self._top_k}")
@@ -480,10 +480,6 @@ class _Probe:
             if best is not None and grows:
                 response = (*response, best)
         self._add("latency", "ok", f"{1000 * statistics.median(seconds):.0f} ms a token")
-
-
-def _advice(error: MopeError) -> str:
-    return f"{str(error).removesuffix('.')}." + (f" {error.hint}" if error.hint else "")
 
 
 def _first(reply: Reply) -> Position:

@@ -20,9 +20,9 @@ from typing import Any
 from mope_bb.cache import DistributionCache
 from mope_bb.chat_tokenizer import ChatTokenizer, load_chat_tokenizer
 from mope_bb.config import ExpertConfig
-from mope_bb.errors import ConfigError, LogprobsUnavailableError, MalformedResponseError, MopeError
+from mope_bb.errors import LogprobsUnavailableError, MalformedResponseError, MopeError
 from mope_bb.providers.completions import choose_model, parse_models
-from mope_bb.providers.connect import open_client, required_url
+from mope_bb.providers.connect import load_served_tokenizer, open_client, required_url
 from mope_bb.providers.dialects import NATIVE
 from mope_bb.providers.endpoint import Ask, IdEndpoint
 from mope_bb.providers.wire import PieceReader, Reply, build_position, checked_logprob
@@ -120,6 +120,8 @@ def find_tokenizer_path(model_info: Any, *, expert: str) -> str:
 class SglangExpert(IdEndpoint):
     """A model, or a LoRA adapter of it, behind SGLang."""
 
+    _client: HttpClient
+
     def __init__(self, name: str, client: HttpClient, *, model: str | None = None, **settings: Any) -> None:
         """`settings` are those of IdEndpoint. Without `model` no adapter is used."""
         super().__init__(name, capabilities=NATIVE["sglang"].capabilities, **settings)
@@ -131,13 +133,7 @@ class SglangExpert(IdEndpoint):
 
     async def find_tokenizer(self) -> ChatTokenizer:
         path = find_tokenizer_path(await self._client.get_json("/model_info"), expert=self.name)
-        try:
-            return await asyncio.to_thread(load_chat_tokenizer, path)
-        except ConfigError as error:
-            raise ConfigError(
-                f"expert {self.name!r}: {error.message}",
-                hint="The server names it as its tokenizer. Set `tokenizer` to where it is from here.",
-            ) from None
+        return await load_served_tokenizer(path, expert=self.name)
 
     async def ask_prompts(self, prompts: Sequence[tuple[int, ...]], ask: Ask) -> list[Reply | MopeError]:
         reader = PieceReader(await self.tokenizer())
@@ -155,14 +151,6 @@ class SglangExpert(IdEndpoint):
 
     async def served_models(self) -> list[str] | None:
         return [model.name for model in parse_models(await self._client.get_json("/v1/models"), expert=self.name)]
-
-    @property
-    def num_requests(self) -> int:
-        return self._client.num_requests
-
-    async def aclose(self) -> None:
-        await super().aclose()
-        await self._client.aclose()
 
 
 def open_expert(config: ExpertConfig, cache: DistributionCache | None) -> SglangExpert:

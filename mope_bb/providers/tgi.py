@@ -67,6 +67,8 @@ def _read(token: Mapping[str, Any], reader: PieceReader) -> tuple[Piece | None, 
 class TgiExpert(TextEndpoint):
     """A model behind Text Generation Inference."""
 
+    _client: HttpClient
+
     def __init__(self, name: str, client: HttpClient, **settings: Any) -> None:
         """`settings` are those of TextEndpoint, a tokenizer among them."""
         super().__init__(name, capabilities=NATIVE["tgi"].capabilities, **settings)
@@ -75,13 +77,6 @@ class TgiExpert(TextEndpoint):
     async def ask_text(self, messages: Sequence[Message], answer: str, ask: Ask) -> Reply:
         data = await self._client.post_json("/generate", build_request(self.render(messages, answer), ask))
         return parse_reply(data, PieceReader(self._tokenizer), expert=self.name)
-
-    @property
-    def num_requests(self) -> int:
-        return self._client.num_requests
-
-    async def aclose(self) -> None:
-        await self._client.aclose()
 
 
 def open_expert(config: ExpertConfig, cache: DistributionCache | None) -> TgiExpert:

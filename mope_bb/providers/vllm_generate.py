@@ -20,14 +20,13 @@ from mope_bb.chat_tokenizer import ChatTokenizer, load_chat_tokenizer
 from mope_bb.config import ExpertConfig
 from mope_bb.errors import (
     AuthenticationError,
-    ConfigError,
     MalformedResponseError,
     MopeError,
     ProviderError,
     RequestError,
 )
 from mope_bb.providers.completions import ServedModel, choose_model, parse_models
-from mope_bb.providers.connect import open_client, required_url
+from mope_bb.providers.connect import load_served_tokenizer, open_client, required_url
 from mope_bb.providers.dialects import NATIVE
 from mope_bb.providers.endpoint import Ask, IdEndpoint
 from mope_bb.providers.wire import PieceReader, Reply, in_order, parse_openai_logprobs, parse_usage
@@ -77,6 +76,8 @@ def explain_refusal(error: AuthenticationError) -> ProviderError:
 class VllmGenerateExpert(IdEndpoint):
     """A model, or a LoRA adapter of it, behind vLLM's route for token ids."""
 
+    _client: HttpClient
+
     def __init__(self, name: str, client: HttpClient, *, model: str | None = None, **settings: Any) -> None:
         """`settings` are those of IdEndpoint. Without `model` the only one that is served is meant."""
         super().__init__(name, capabilities=NATIVE["vllm-generate"].capabilities, **settings)
@@ -89,13 +90,7 @@ class VllmGenerateExpert(IdEndpoint):
         root = (await self._find_model()).root
         if root is None:
             return await super().find_tokenizer()
-        try:
-            return await asyncio.to_thread(load_chat_tokenizer, root)
-        except ConfigError as error:
-            raise ConfigError(
-                f"expert {self.name!r}: {error.message}",
-                hint="The server names it as its model. Set `tokenizer` to where its tokenizer is from here.",
-            ) from None
+        return await load_served_tokenizer(root, expert=self.name)
 
     async def ask_prompts(self, prompts: Sequence[tuple[int, ...]], ask: Ask) -> list[Reply | MopeError]:
         (ids,) = prompts
@@ -116,14 +111,6 @@ class VllmGenerateExpert(IdEndpoint):
 
     async def served_models(self) -> list[str] | None:
         return [model.name for model in parse_models(await self._client.get_json("/v1/models"), expert=self.name)]
-
-    @property
-    def num_requests(self) -> int:
-        return self._client.num_requests
-
-    async def aclose(self) -> None:
-        await super().aclose()
-        await self._client.aclose()
 
 
 def open_expert(config: ExpertConfig, cache: DistributionCache | None) -> VllmGenerateExpert:

@@ -53,12 +53,8 @@ def _probe(config: Config, dimension: str, kind: str) -> RewardReport:
         finally:
             panel.close()
     except MopeError as error:
-        return RewardReport(dimension, kind, "error", type(error).__name__, _advice(error))
+        return RewardReport(dimension, kind, "error", type(error).__name__, error.in_words)
     if isinstance(found, RewardError):
-        return RewardReport(dimension, kind, "error", "no score", _advice(found))
+        return RewardReport(dimension, kind, "error", "no score", found.in_words)
     win = found.wins[dimension]
     return RewardReport(dimension, kind, "ok", f"scores, {win:.2f} here, {time.perf_counter() - started:.2f} s")
-
-
-def _advice(error: MopeError) -> str:
-    return f"{str(error).removesuffix('.')}." + (f" {error.hint}" if error.hint else "")
