@@ -320,11 +320,12 @@ def build_from_reply(
     if drawn is not None and position.drawn_logprob is not None and all(drawn.key != one.key for one, _ in entries):
         entries = (*entries, (drawn, position.drawn_logprob))
     if whole_characters:
-        entries = tuple(entry for entry in entries if entry[0] == END or _is_text(entry[0].data))
+        entries = tuple(entry for entry in entries if entry[0] == END or is_whole_text(entry[0].data))
     return build_distribution(entries, top_k=top_k, end_ids=(END.token_id,), vocab_size=vocab_size, expert=expert)
 
 
-def _is_text(data: bytes) -> bool:
+def is_whole_text(data: bytes) -> bool:
+    """Whether these bytes are text of whole characters, and not nothing."""
     try:
         return bool(data.decode())
     except UnicodeDecodeError:

@@ -14,7 +14,6 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Final, Literal
 
 from mope_bb.config import ExpertConfig
@@ -27,15 +26,24 @@ from mope_bb.errors import (
     TopKError,
 )
 from mope_bb.providers.base import Expert, IdExpert
+from mope_bb.providers.comparing import (
+    agree,
+    best_piece,
+    by_value,
+    descends,
+    first_position,
+    length,
+    same_course,
+    slope,
+)
 from mope_bb.providers.connect import connection_warnings
-from mope_bb.providers.endpoint import Ask, WireExpert, build_from_reply
+from mope_bb.providers.endpoint import Ask, WireExpert, build_from_reply, is_whole_text
 from mope_bb.providers.pool import allowed_top_k
 from mope_bb.providers.registry import open_expert
-from mope_bb.providers.wire import Position, Reply
+from mope_bb.providers.wire import Reply
 from mope_bb.types import END, Context, Message, Piece
 
 Verdict = Literal["ok", "warning", "error", "unknown"]
-Entries = Sequence[tuple[Piece, float | None]]
 CHECKS: Final = (
     "reachable",
     "model",
@@ -61,8 +69,6 @@ SCORING: Final = {
     "start_len": "from a position on",
     "echo": "echo of the prompt",
 }
-SAME: Final = 0.05
-"""Nats: replies to one question differ by less, those to different questions by more at some of the best pieces."""
 WALK: Final = 128
 """Tokens within which an answer is expected to end."""
 TOGETHER: Final = 24
@@ -155,7 +161,7 @@ async def _compare_together(group: Sequence[tuple[ExpertConfig, ExpertReport]]) 
         for one in experts:
             await one.aclose()
     for (config, report), first, second in zip(group, alone, together, strict=True):
-        if _same_course(first, second):
+        if same_course(first, second):
             report.add("together", "ok", "kept apart")
         else:
             report.add(
@@ -166,16 +172,6 @@ async def _compare_together(group: Sequence[tuple[ExpertConfig, ExpertReport]]) 
                 "alone. vLLM on CPU does so with a base beside its adapters: start it with --max-loras one above their "
                 "number, or serve the base from a server of its own.",
             )
-
-
-def _same_course(left: Reply, right: Reply) -> bool:
-    """Equal lists as far as both drew the same pieces."""
-    for first, second in zip(left.positions, right.positions, strict=False):
-        if not _agree(first.entries, second.entries):
-            return False
-        if first.drawn != second.drawn:
-            return True
-    return True
 
 
 async def probe_expert(config: ExpertConfig) -> ExpertReport:
@@ -304,15 +300,15 @@ class _Probe:
 
     async def _list_length(self) -> None:
         try:
-            given = _length(_first(await self._observe(Ask(self._top_k))))
+            given = length(first_position(await self._observe(Ask(self._top_k))))
         except TopKError as error:
             self._add("top-k", "error", f"refuses {self._top_k}", error.in_words)
             return
         if given >= self._top_k or given >= (await self._vocab_size() or math.inf):
             self._add("top-k", "ok", f"{self._top_k} of {self._top_k}")
             return
-        longer = _first(await self._observe(Ask(max(1, (given + self._top_k) // 2))))
-        if longer.has_ids or _length(longer) == given:
+        longer = first_position(await self._observe(Ask(max(1, (given + self._top_k) // 2))))
+        if longer.has_ids or length(longer) == given:
             advice = f"It gives {given} pieces where {self._top_k} are asked for. Set top_k = {given}."
             self._add("top-k", "warning", f"{given} of {self._top_k}", advice)
         else:
@@ -330,13 +326,15 @@ class _Probe:
 
     async def _order(self) -> None:
         lists = [(position, [value for _, value in position.entries]) for position in (await self._walk()).positions]
-        telling = [(position, values) for position, values in lists if position.drawn not in (None, _best(position))]
+        telling = [
+            (position, values) for position, values in lists if position.drawn not in (None, best_piece(position))
+        ]
         if not telling:
             self._add("order", "unknown", "only best pieces drawn")
-        elif all(_descends(values) for _, values in lists):
+        elif all(descends(values) for _, values in lists):
             self._add("order", "ok", "descending")
-        elif all(position.entries[0][0] == position.drawn and _descends(values[1:]) for position, values in telling):
-            is_cut = any(_length(position) <= self._top_k for position, _ in telling)
+        elif all(position.entries[0][0] == position.drawn and descends(values[1:]) for position, values in telling):
+            is_cut = any(length(position) <= self._top_k for position, _ in telling)
             advice = "The drawn token stands first" + (
                 " and takes the place of the last piece of the list." if is_cut else ", the list is whole behind it."
             )
@@ -349,7 +347,7 @@ class _Probe:
     async def _ids(self) -> None:
         promised = self._expert.capabilities
         reply = await self._observe(Ask(self._top_k))
-        has_ids = _first(reply).has_ids
+        has_ids = first_position(reply).has_ids
         if promised.ids_out and not has_ids:
             advice = (
                 "Token ids were asked for, and the list is keyed by text: tokens of equal text fall together. Is "
@@ -391,13 +389,13 @@ class _Probe:
         for question in range(len(QUESTIONS)):
             own = await self._observe(Ask(self._top_k, num_tokens=2), question=question)
             drawn = own.positions[0].drawn if len(own.positions) > 1 else None
-            if drawn is None or drawn == END or not _is_whole(drawn):
+            if drawn is None or drawn == END or not is_whole_text(drawn.data):
                 continue
-            continued = _first(await self._observe(Ask(self._top_k), (drawn,), question)).entries
-            if _agree(own.positions[1].entries, continued):
+            continued = first_position(await self._observe(Ask(self._top_k), (drawn,), question)).entries
+            if agree(own.positions[1].entries, continued):
                 self._add("prefill", "ok", "honoured")
                 return
-            ignored = _agree(own.positions[0].entries, continued)
+            ignored = agree(own.positions[0].entries, continued)
             advice = "The answer so far is " + ("ignored." if ignored else "not continued as the endpoint itself does.")
             advice += " Use text completions of this server, or name the `provider` that serves this address."
             self._add("prefill", "error", "ignored" if ignored else "not honoured", advice)
@@ -408,13 +406,13 @@ class _Probe:
         if self._expert.capabilities.prefill not in ("text", "messages"):
             self._add("trailing space", "ok", "kept (ids)" if self._expert.capabilities.ids_in else "-")
             return
-        drawn = _first(await self._observe(Ask(self._top_k))).drawn
-        if drawn is None or drawn == END or not _is_whole(drawn):
+        drawn = first_position(await self._observe(Ask(self._top_k))).drawn
+        if drawn is None or drawn == END or not is_whole_text(drawn.data):
             self._add("trailing space", "unknown", "-")
             return
-        without = _first(await self._observe(Ask(self._top_k), (drawn,))).entries
-        with_space = _first(await self._observe(Ask(self._top_k), (drawn, Piece(b" ")))).entries
-        if _agree(without, with_space):
+        without = first_position(await self._observe(Ask(self._top_k), (drawn,))).entries
+        with_space = first_position(await self._observe(Ask(self._top_k), (drawn, Piece(b" ")))).entries
+        if agree(without, with_space):
             advice = "A space at the end of the answer so far is cut off, and what follows it is asked for wrongly."
             self._add("trailing space", "warning", "cut off", advice)
         else:
@@ -432,16 +430,16 @@ class _Probe:
             self._add("end of answer", "unknown", f"none in {WALK} tokens")
 
     async def _scale(self) -> None:
-        at_one = _first(await self._observe(Ask(self._top_k, temperature=1.0))).entries
-        at_half = _first(await self._observe(Ask(self._top_k, temperature=0.5))).entries
-        slope = _slope(at_one, at_half)
-        if slope is None:
+        at_one = first_position(await self._observe(Ask(self._top_k, temperature=1.0))).entries
+        at_half = first_position(await self._observe(Ask(self._top_k, temperature=0.5))).entries
+        growth = slope(at_one, at_half)
+        if growth is None:
             self._add("scale", "unknown", "too few pieces")
             return
-        named = "raw" if abs(slope - 1) < 0.1 else "scaled" if abs(slope - 2) < 0.3 else f"unclear ({slope:.2f})"
+        named = "raw" if abs(growth - 1) < 0.1 else "scaled" if abs(growth - 2) < 0.3 else f"unclear ({growth:.2f})"
         try:
-            own = _first(await self._observe(Ask(self._top_k))).entries
-            fits = _agree(at_one, own) and any(value is not None and -9000 < value < -1e-6 for _, value in own)
+            own = first_position(await self._observe(Ask(self._top_k))).entries
+            fits = agree(at_one, own) and any(value is not None and -9000 < value < -1e-6 for _, value in own)
         except LogprobsUnavailableError:
             fits = False
         if fits:
@@ -461,9 +459,9 @@ class _Probe:
             self._add("scoring", "ok", SCORING[how])
             return
         contexts = [Context((Message("user", question),)) for question in QUESTIONS]
-        alone = [_first(await self._expert.observe(context, Ask(self._top_k))).entries for context in contexts]
+        alone = [first_position(await self._expert.observe(context, Ask(self._top_k))).entries for context in contexts]
         together = await self._expert.observe_together(contexts, Ask(self._top_k))
-        if all(_agree(one, _first(other).entries) for one, other in zip(alone, together, strict=True)):
+        if all(agree(one, first_position(other).entries) for one, other in zip(alone, together, strict=True)):
             self._add("scoring", "ok", "list of prefixes")
         else:
             self._add("scoring", "error", "lists mixed up", "A list of prompts is not answered in its order.")
@@ -474,65 +472,11 @@ class _Probe:
         response: tuple[Piece, ...] = ()
         for _ in range(NUM_TIMED):
             started = time.perf_counter()
-            position = _first(await self._observe(Ask(self._top_k), response))
+            position = first_position(await self._observe(Ask(self._top_k), response))
             seconds.append(time.perf_counter() - started)
-            best = next((p for p, _ in sorted(position.entries, key=_by_value) if p != END and _is_whole(p)), None)
-            if best is not None and grows:
-                response = (*response, best)
+            whole = next(
+                (p for p, _ in sorted(position.entries, key=by_value) if p != END and is_whole_text(p.data)), None
+            )
+            if whole is not None and grows:
+                response = (*response, whole)
         self._add("latency", "ok", f"{1000 * statistics.median(seconds):.0f} ms a token")
-
-
-def _first(reply: Reply) -> Position:
-    if not reply.positions:
-        raise LogprobsUnavailableError("the server answered without logprobs")
-    return reply.positions[0]
-
-
-def _length(position: Position) -> int:
-    return len(position.entries) + position.num_unreadable
-
-
-def _by_value(entry: tuple[Piece, float | None]) -> float:
-    return math.inf if entry[1] is None else -entry[1]
-
-
-def _best(position: Position) -> Piece | None:
-    return min(position.entries, key=_by_value)[0] if position.entries else None
-
-
-def _descends(values: Sequence[float | None]) -> bool:
-    found = [-math.inf if value is None else value for value in values]
-    return all(left >= right for left, right in pairwise(found))
-
-
-def _is_whole(piece: Piece) -> bool:
-    try:
-        return bool(piece.data.decode())
-    except UnicodeDecodeError:
-        return False
-
-
-def _agree(left: Entries, right: Entries) -> bool:
-    """Whether two lists are of one distribution: the best pieces of each have about the same values in the other."""
-    first, second = dict(left), dict(right)
-    for one, other in ((first, second), (second, first)):
-        lowest = min((value for value in other.values() if value is not None), default=0.0)
-        for piece, value in sorted(one.items(), key=_by_value)[:5]:
-            found = other.get(piece)
-            # Below the other list's end a piece may be missing.
-            if value is not None and (abs(found - value) if found is not None else value - lowest) > SAME:
-                return False
-    return True
-
-
-def _slope(left: Entries, right: Entries) -> float | None:
-    """How much the differences between logprobs grow from `left` to `right`; None where too few pieces tell."""
-    second = dict(right)
-    pairs = [
-        (x, y) for piece, x in left if x is not None and (y := second.get(piece)) is not None and min(x, y) > -50.0
-    ]
-    if len(pairs) < 2:
-        return None
-    mean_x, mean_y = (statistics.fmean(values) for values in zip(*pairs, strict=True))
-    spread = math.fsum((x - mean_x) ** 2 for x, _ in pairs)
-    return math.fsum((x - mean_x) * (y - mean_y) for x, y in pairs) / spread if spread > 1e-4 else None

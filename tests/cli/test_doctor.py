@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from mope_bb.providers import probe
+from mope_bb.providers.comparing import same_course
 from mope_bb.providers.wire import Position, Reply
 from mope_bb.types import Piece
 from mope_bb.zoo.serving import ZooServer
@@ -204,6 +204,6 @@ def test_models_that_a_server_mixes_up_are_told_apart() -> None:
         return Reply(tuple(Position((entry, (Piece(b"z"), -3.0)), entry[0]) for entry in pieces))
 
     alone = course((b"a", -0.5), (b"b", -0.6))
-    assert probe._same_course(alone, course((b"a", -0.51), (b"b", -0.6)))
-    assert not probe._same_course(alone, course((b"a", -0.5), (b"b", -1.6)))
-    assert not probe._same_course(alone, course((b"x", -0.1), (b"b", -0.6)))
+    assert same_course(alone, course((b"a", -0.51), (b"b", -0.6)))
+    assert not same_course(alone, course((b"a", -0.5), (b"b", -1.6)))
+    assert not same_course(alone, course((b"x", -0.1), (b"b", -0.6)))
