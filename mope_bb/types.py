@@ -97,6 +97,20 @@ class TokenDistribution:
 
 
 @dataclass(frozen=True, slots=True)
+class DraftStep:
+    """One position of what an expert wrote on its own: its distribution there, and what it drew."""
+
+    distribution: TokenDistribution
+    piece: Piece
+    """What it drew."""
+    index: int | None
+    """The place of `piece` on the list; None where it is not on it, or cannot be known to be."""
+    log_q: tuple[float, ...]
+    """K natural logs, in the order of the list, of the distribution that `piece` comes from given that it is on the
+    list: that of the drafting temperature, renormalised over the list."""
+
+
+@dataclass(frozen=True, slots=True)
 class Candidates:
     """The support of one merge: every piece on any expert's list, with what each expert said of it."""
 

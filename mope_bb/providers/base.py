@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from abc import ABC, abstractmethod
 from collections import OrderedDict
@@ -11,7 +12,7 @@ from typing import Final, Literal
 
 from mope_bb.cache import DistributionCache, distribution_key
 from mope_bb.errors import AlignmentError, LogprobsUnavailableError, MalformedResponseError
-from mope_bb.types import END, Context, Message, Piece, TokenDistribution
+from mope_bb.types import END, Context, DraftStep, Message, Piece, TokenDistribution
 
 SENTINEL_LOGPROB: Final = -9990.0
 """At or below this a number means "no value": -9999 (OpenAI, vLLM), -3.4e38 (llama.cpp), -inf."""
@@ -44,6 +45,9 @@ class Capabilities:
     a given position, logprobs of a whole prompt."""
     logprob_noise: float = 0.0
     """Largest difference seen between two replies to one question, in nats."""
+    drafts: bool = False
+    """It goes on by itself for several tokens in one request, with a list at each, and draws from all that the model
+    gives: no top-k, top-p or penalty that the request cannot switch off."""
 
 
 class Expert(ABC):
@@ -55,6 +59,28 @@ class Expert(ABC):
     @abstractmethod
     async def next_tokens(self, context: Context, *, top_k: int) -> TokenDistribution:
         """The `top_k` most probable next pieces after `context`. Raises ProviderError or AlignmentError."""
+
+    def draft_temperature(self, wanted: float) -> float:
+        """The temperature next to `wanted` at which it can draft while its lists stay the model's own."""
+        return wanted if self.capabilities.logprob_scale == "raw" else 1.0
+
+    async def draft(
+        self, context: Context, *, top_k: int, num_tokens: int, temperature: float = 1.0, seed: int | None = None
+    ) -> tuple[DraftStep, ...]:
+        """What the expert writes after `context` on its own, up to END: at least one position, at most `num_tokens`.
+
+        Fewer where the wire does not show more of them. `temperature` is one that `draft_temperature` gave. Only where
+        `capabilities.drafts`. Raises ProviderError or AlignmentError.
+        """
+        raise NotImplementedError(f"{self.name!r} does not draft")
+
+    async def score(self, context: Context, draft: Sequence[Piece], *, top_k: int) -> tuple[TokenDistribution, ...]:
+        """The distributions after every prefix of `draft`, the empty one and the whole among them: len(draft) + 1.
+
+        One request where `capabilities.score` tells how, else one each, at the same time.
+        """
+        contexts = [Context(context.messages, (*context.response, *draft[:length])) for length in range(len(draft) + 1)]
+        return tuple(await asyncio.gather(*(self.next_tokens(one, top_k=top_k) for one in contexts)))
 
     @abstractmethod
     async def fingerprint(self) -> str:

@@ -11,7 +11,7 @@ from mope_bb.config import ExpertConfig
 from mope_bb.errors import AlignmentError, MopeError, PrefillError, TopKError
 from mope_bb.providers.base import Capabilities, Expert
 from mope_bb.providers.registry import open_expert
-from mope_bb.types import Context, TokenDistribution
+from mope_bb.types import Context, DraftStep, Piece, TokenDistribution
 
 T = TypeVar("T")
 
@@ -66,6 +66,27 @@ class ExpertPool:
             {name: self._experts[name].next_tokens(context, top_k=self._top_k[name]) for name in names}
         )
         return [found[name] for name in names]
+
+    async def draft(
+        self, name: str, context: Context, *, num_tokens: int, temperature: float, seed: int | None = None
+    ) -> tuple[DraftStep, ...]:
+        """See `Expert.draft`; the expert's own nearest temperature is taken."""
+        expert = self._experts[name]
+        return await expert.draft(
+            context,
+            top_k=self._top_k[name],
+            num_tokens=num_tokens,
+            temperature=expert.draft_temperature(temperature),
+            seed=seed,
+        )
+
+    async def score(self, name: str, context: Context, draft: Sequence[Piece]) -> tuple[TokenDistribution, ...]:
+        """See `Expert.score`."""
+        return await self._experts[name].score(context, draft, top_k=self._top_k[name])
+
+    def capabilities(self, name: str) -> Capabilities:
+        """What the endpoint of an open expert can do."""
+        return self._experts[name].capabilities
 
     def check_can_continue(self, names: Sequence[str]) -> None:
         """Raise PrefillError, before anything is paid, if one of `names` gives first tokens only."""
