@@ -22,7 +22,8 @@ from mope_bb.cache import DistributionCache, open_cache
 from mope_bb.config import Config, PcmConfig, load_config
 from mope_bb.errors import ConfigError, ContextLengthError, PreferenceError
 from mope_bb.inference import choose_device
-from mope_bb.pcm.decode import Plan, decode
+from mope_bb.pcm.decode import decode
+from mope_bb.pcm.merging import Plan
 from mope_bb.pcm.model import PreferenceControlModel, load_pcm
 from mope_bb.pcm.plans import build_plan, configured_rule
 from mope_bb.pcm.runner import PcmScorer, Scorer, UserWeights

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mope_bb.pcm.decode import Plan
+from mope_bb.pcm.merging import Plan
 from mope_bb.pcm.mixture import carriers, fill_missing
 from mope_bb.text import TextAssembler
 from mope_bb.types import END, Answer, TokenStep

@@ -12,7 +12,7 @@ from mope_bb.errors import RewardError, TrainingError
 from mope_bb.evaluation.methods import EvalTask, Given, Method
 from mope_bb.evaluation.results import ScoredAnswer
 from mope_bb.pcm.bench import ExpertBench
-from mope_bb.pcm.decode import Plan
+from mope_bb.pcm.merging import Plan
 from mope_bb.pcm.mixture import MergeRule
 from mope_bb.pcm.rollouts import FailedRollout, RolloutRequest
 from mope_bb.rewards.base import References, RewardPanel, Scored, scalarise

@@ -15,10 +15,10 @@ import torch
 
 from mope_bb.config import Config
 from mope_bb.evaluation.results import MethodInfo
-from mope_bb.pcm.decode import Plan
 from mope_bb.pcm.gates import Gate
 from mope_bb.pcm.heads import NoHead
 from mope_bb.pcm.local_sampler import LocalSampler
+from mope_bb.pcm.merging import Plan
 from mope_bb.pcm.mixture import MergeRule
 from mope_bb.pcm.plans import build_plan
 from mope_bb.pcm.rollouts import FailedRollout, Rollout, RolloutRequest, Sampler

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from mope_bb.errors import AlignmentError, MopeError
-from mope_bb.pcm.decode import merge_lists
 from mope_bb.pcm.heads import HeadRows
+from mope_bb.pcm.merging import merge_lists
 from mope_bb.pcm.mixture import Lists, MergeRule
 from mope_bb.pcm.rollouts import FailedRollout, Progress, Rollout, RolloutRequest, Sampler
 from mope_bb.pcm.row_lists import END_KEY, NO_KEY, Feed, LocalModel, align_rows

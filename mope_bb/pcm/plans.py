@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mope_bb.config import Config
 from mope_bb.errors import ConfigError
-from mope_bb.pcm.decode import Plan
+from mope_bb.pcm.merging import Plan
 from mope_bb.pcm.mixture import MergeRule, build_rule
 from mope_bb.preferences import Preference, describe_preference
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mope_bb.errors import MopeError
-from mope_bb.pcm.decode import Plan
+from mope_bb.pcm.merging import Plan
 from mope_bb.pcm.mixture import Lists
 from mope_bb.text import TextAssembler
 from mope_bb.types import FinishReason, Message, Piece, SamplingOptions, TokenStep

@@ -44,6 +44,15 @@ class Scorer(ABC):
     async def judge(self, context: Context, preference_text: str, experts: Sequence[str]) -> Judgement:
         """What it says about `experts` after the preference, the conversation and the answer so far."""
 
+    async def judge_path(
+        self, context: Context, path: Sequence[Piece], preference_text: str, experts: Sequence[str]
+    ) -> tuple[Judgement, ...]:
+        """The judgements after every prefix of `path`, the empty one and the whole among them: len(path) + 1.
+
+        All by one policy.
+        """
+        raise NotImplementedError
+
     async def aclose(self) -> None:  # noqa: B027  # most scorers hold nothing
         """Free memory."""
 
@@ -56,6 +65,11 @@ class UserWeights(Scorer):
 
     async def judge(self, context: Context, preference_text: str, experts: Sequence[str]) -> Judgement:
         return Judgement(torch.zeros(len(experts)), self._gate, policy_version=0)
+
+    async def judge_path(
+        self, context: Context, path: Sequence[Piece], preference_text: str, experts: Sequence[str]
+    ) -> tuple[Judgement, ...]:
+        return (await self.judge(context, preference_text, experts),) * (len(path) + 1)
 
 
 class PcmScorer(Scorer):

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from mope_bb.config import TrainConfig
 from mope_bb.errors import TrainingError
-from mope_bb.pcm.decode import merge_lists
 from mope_bb.pcm.gates import LinearGate
+from mope_bb.pcm.merging import merge_lists
 from mope_bb.pcm.mixture import IMPOSSIBLE, Lists, MergedLists, MergeRule
 from mope_bb.pcm.model import PreferenceControlModel
 from mope_bb.pcm.rollouts import Rollout

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from mope_bb.chat_tokenizer import as_openai
 from mope_bb.errors import MopeError, RewardError, TrainingError
 from mope_bb.pcm.actors import Actor
-from mope_bb.pcm.decode import Plan
+from mope_bb.pcm.merging import Plan
 from mope_bb.pcm.mixture import MergeRule
 from mope_bb.pcm.rollouts import FailedRollout, Rollout, RolloutRequest
 from mope_bb.rewards.base import RewardPanel, scalarise

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from mope_bb.config import Config, PreferenceMixConfig
 from mope_bb.errors import ConfigError
-from mope_bb.pcm.decode import Plan
+from mope_bb.pcm.merging import Plan
 from mope_bb.pcm.mixture import MergeRule
 from mope_bb.pcm.plans import build_plan
 from mope_bb.pcm.rollouts import RolloutRequest

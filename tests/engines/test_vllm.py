@@ -22,8 +22,9 @@ from mope_bb.errors import (
     ProviderError,
     TopKError,
 )
-from mope_bb.pcm.decode import Plan, decode, merge_step
+from mope_bb.pcm.decode import decode
 from mope_bb.pcm.gates import LinearGate
+from mope_bb.pcm.merging import Plan, merge_step
 from mope_bb.pcm.mixture import build_rule
 from mope_bb.pcm.runner import UserWeights
 from mope_bb.providers.pool import ExpertPool

@@ -28,8 +28,8 @@ from mope_bb.evaluation.methods import (
 )
 from mope_bb.evaluation.results import MethodInfo
 from mope_bb.pcm.bench import ExpertBench
-from mope_bb.pcm.decode import merge_lists
 from mope_bb.pcm.gates import Router
+from mope_bb.pcm.merging import merge_lists
 from mope_bb.pcm.mixture import Lists, MergeRule
 from mope_bb.pcm.row_lists import LocalModel
 from mope_bb.preferences import Preference

@@ -28,7 +28,7 @@ from mope_bb.evaluation.studies import (
 )
 from mope_bb.evaluation.suite import GEOMETRIC, STATIC, UNIFORM, WEIGHTED, Suite, ceiling_name, mope_name
 from mope_bb.pcm.bench import ExpertBench
-from mope_bb.pcm.decode import Plan
+from mope_bb.pcm.merging import Plan
 from mope_bb.pcm.mixture import Lists, MergeRule
 from mope_bb.pcm.model import PreferenceControlModel, build_pcm
 from mope_bb.pcm.rollouts import Rollout, RolloutRequest

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 
 from mope_bb.config import Config, parse_config
-from mope_bb.pcm.decode import Plan, decode, merge_step
+from mope_bb.pcm.decode import decode
 from mope_bb.pcm.gates import LinearGate
+from mope_bb.pcm.merging import Plan, merge_step
 from mope_bb.pcm.mixture import build_rule
 from mope_bb.pcm.runner import UserWeights
 from mope_bb.providers.pool import ExpertPool

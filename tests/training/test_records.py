@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mope_bb.errors import TrainingError
-from mope_bb.pcm.decode import Plan
+from mope_bb.pcm.merging import Plan
 from mope_bb.pcm.mixture import Lists, MergeRule
 from mope_bb.pcm.rollouts import Rollout, RolloutRequest
 from mope_bb.training.records import decode_rollout, encode_rollout

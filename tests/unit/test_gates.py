@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mope_bb.pcm.decode import merge_lists
 from mope_bb.pcm.features import FEATURES, expert_features
 from mope_bb.pcm.gates import LinearGate, Router
+from mope_bb.pcm.merging import merge_lists
 from mope_bb.pcm.mixture import IMPOSSIBLE, Lists, MergedLists, MergeRule
 
 RULES = (MergeRule("linear"), MergeRule("geometric"), MergeRule("product"), MergeRule("product", plausibility=0.0))

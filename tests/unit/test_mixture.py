@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mope_bb.errors import AlignmentError, ConfigError
-from mope_bb.pcm.decode import Plan, merge_step
 from mope_bb.pcm.features import FEATURES, expert_features
 from mope_bb.pcm.gates import LinearGate
+from mope_bb.pcm.merging import Plan, merge_step
 from mope_bb.pcm.mixture import MergeRule, align, build_rule, carriers, fill_missing, missed_mass
 from mope_bb.providers.base import build_distribution
 from mope_bb.types import END, Piece, TokenDistribution

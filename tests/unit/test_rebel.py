@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mope_bb.errors import TrainingError
-from mope_bb.pcm.decode import Plan
+from mope_bb.pcm.merging import Plan
 from mope_bb.pcm.mixture import Lists, MergeRule
 from mope_bb.pcm.model import build_pcm
 from mope_bb.pcm.rollouts import Rollout, RolloutRequest
