@@ -58,6 +58,7 @@ evidence: $(STAMP)
 	$(BIN)/python -m tests.evidence
 	$(BIN)/python -m tests.evidence_training
 	$(BIN)/python -m tests.evidence_async
+	$(BIN)/python -m tests.evidence_speed
 
 # Tests against the real vLLM on CPU and `transformers serve`, in an environment of their own (3 GB).
 .PHONY: engines
@@ -67,4 +68,4 @@ engines: $(STAMP) vllm-env
 # Claims about speed, as ratios measured side by side. Results go to benchmarks/.
 .PHONY: bench
 bench: $(STAMP)
-	$(BIN)/python -m benchmarks.async_training
+	$(BIN)/python -m benchmarks

@@ -15,12 +15,14 @@ import shutil
 import statistics
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 from unittest import mock
 
 import torch
 
+from benchmarks.claims import Claim, at_least
 from mope_bb.config import Config, parse_config
 from mope_bb.pcm.bench import ExpertBench
 from mope_bb.pcm.mixture import MergeRule
@@ -148,6 +150,13 @@ def facts_of(rows: list[dict[str, Any]]) -> dict[str, float]:
         "first_reward": round(statistics.mean(row["reward"] for row in rows[:3]), 4),
         "final_reward": round(statistics.mean(row["reward"] for row in rows[-LAST:]), 4),
     }
+
+
+def claims(results: Mapping[str, Any]) -> list[Claim]:
+    """What the results say."""
+    speedup = results["speedup"]
+    interval = {"value": speedup["median"], "low": speedup["min"], "high": speedup["max"]}
+    return [at_least(1.6).claim("times as fast, asynchronous against synchronous training", {"": interval})]
 
 
 def mean_interval(values: list[float]) -> list[float]:

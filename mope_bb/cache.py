@@ -66,22 +66,32 @@ class DistributionCache:
         self._path = path
         self._max_bytes = max_bytes
         self._full = self._cache.volume() >= max_bytes
+        self._num_unchecked = 0
         self.num_hits = 0
         self.num_misses = 0
 
     async def get(self, key: str) -> TokenDistribution | None:
         """The distribution stored under `key`, or None."""
-        found = await asyncio.to_thread(self._read, key)
-        if found is None:
-            self.num_misses += 1
-        else:
-            self.num_hits += 1
+        return (await self.get_many([key]))[0]
+
+    async def get_many(self, keys: Sequence[str]) -> list[TokenDistribution | None]:
+        """What is stored under each of `keys`, in one go."""
+        found = await asyncio.to_thread(lambda: [self._read(key) for key in keys])
+        num_known = sum(one is not None for one in found)
+        self.num_hits += num_known
+        self.num_misses += len(keys) - num_known
         return found
 
     async def put(self, key: str, distribution: TokenDistribution) -> None:
         """Store `distribution` unless the cache is full."""
+        await self.put_many([(key, distribution)])
+
+    async def put_many(self, entries: Sequence[tuple[str, TokenDistribution]]) -> None:
+        """Store distributions under their keys, in one go, unless the cache is full."""
         if not self._full:
-            await asyncio.to_thread(self._write, key, encode_distribution(distribution))
+            await asyncio.to_thread(
+                self._write, [(key, encode_distribution(distribution)) for key, distribution in entries]
+            )
 
     def _read(self, key: str) -> TokenDistribution | None:
         try:
@@ -91,18 +101,26 @@ class DistributionCache:
             _log.warning("cache entry %s is damaged and will be asked for again: %s", key[:12], error)
             return None
 
-    def _write(self, key: str, data: bytes) -> None:
+    def _write(self, entries: Sequence[tuple[str, bytes]]) -> None:
         try:
-            self._cache.set(key, data)
-            if self.num_misses % _SIZE_CHECK_INTERVAL == 0 and self._cache.volume() >= self._max_bytes:
-                self._full = True
-                _log.warning(
-                    "the cache %s has reached its limit of %d bytes: no more is written", self._path, self._max_bytes
-                )
-        except (OSError, sqlite3.Error) as error:
+            with self._cache.transact():
+                for key, data in entries:
+                    self._cache.set(key, data)
+            self._num_unchecked += len(entries)
+            if self._num_unchecked >= _SIZE_CHECK_INTERVAL:
+                self._num_unchecked = 0
+                self._check_size()
+        except (OSError, sqlite3.Error, diskcache.Timeout) as error:
             # A cache that cannot be written must not cost the answer.
             self._full = True
             _log.warning("the cache %s cannot be written, no more is tried: %s", self._path, error)
+
+    def _check_size(self) -> None:
+        if not self._full and self._cache.volume() >= self._max_bytes:
+            self._full = True
+            _log.warning(
+                "the cache %s has reached its limit of %d bytes: no more is written", self._path, self._max_bytes
+            )
 
     def close(self) -> None:
         """Close the database of this process."""

@@ -37,11 +37,18 @@ class Coalescer(Generic[Q, A]):
 
     async def ask(self, question: Q) -> A:
         """The answer to `question`. Raises what the call raised; a list that nobody waits for any more is cancelled."""
+        if self._max_size == 1 and self._max_running is None:
+            # Nothing to gather and nothing to wait for.
+            (answer,) = await self._call([question])
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
         loop = asyncio.get_running_loop()
         future: asyncio.Future[A] = loop.create_future()
         self._waiting.append((question, future))
-        # One turn later, so that all who ask in this turn are together.
-        loop.call_soon(self._begin)
+        if len(self._waiting) == 1:
+            # One turn later, so that all who ask in this turn are together.
+            loop.call_soon(self._begin)
         return await future
 
     async def aclose(self) -> None:
@@ -60,8 +67,9 @@ class Coalescer(Generic[Q, A]):
             if chosen:
                 task = asyncio.ensure_future(self._serve(chosen))
                 self._running.add(task)
-                for _, future in chosen:
-                    future.add_done_callback(partial(self._abandon, task, [future for _, future in chosen]))
+                futures = [future for _, future in chosen]
+                for future in futures:
+                    future.add_done_callback(partial(self._abandon, task, futures))
 
     def _abandon(self, task: asyncio.Task[None], futures: Sequence[asyncio.Future[A]], _: object) -> None:
         if all(future.cancelled() for future in futures):

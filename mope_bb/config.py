@@ -31,7 +31,9 @@ class ExpertConfig(_Section):
     dimension: Name | None = None
     base: bool = False
     """The base model of the product rule; it takes part in other rules only when a preference names it."""
-    base_url: str | None = None
+    base_url: str | tuple[str, ...] | None = None
+    """One address, or those of several servers that serve the same: a question goes to the one with the least to do,
+    and to another one where that fails."""
     model: str | None = None
     """A served name, or a folder for `local`."""
     system: str | None = None
@@ -46,6 +48,8 @@ class ExpertConfig(_Section):
     attempt_timeout_s: Annotated[float, Field(gt=0)] = 20.0
     """Deadline of each try: after it a question that was swallowed is asked again."""
     max_retries: Annotated[int, Field(ge=0)] = 4
+    max_in_flight: Annotated[int, Field(ge=1)] = 256
+    """Requests, and connections, to one address at a time. A 429 lowers it for a while; what comes on top waits."""
     max_prompts: Annotated[int, Field(ge=1)] = 32
     """Prompts in one request, where the endpoint takes lists; 1 sends every question on its own, at once."""
     api_version: str | None = None
@@ -62,6 +66,29 @@ class ExpertConfig(_Section):
     """`local` only: auto, cpu, cuda or mps."""
     script: tuple[dict[str, float], ...] = ()
     """`scripted` only: at each position text = probability; "<end>" ends the answer."""
+
+    @model_validator(mode="after")
+    def _check_addresses(self) -> Self:
+        if self.base_url == ():
+            raise ValueError("`base_url` is an empty list")
+        if len({url.rstrip("/") for url in self.addresses}) < len(self.addresses):
+            raise ValueError("`base_url` names an address twice")
+        return self
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """`base_url` as a tuple: one address, several or none."""
+        if self.base_url is None:
+            return ()
+        return (self.base_url,) if isinstance(self.base_url, str) else self.base_url
+
+    def replicas(self) -> tuple[Self, ...]:
+        """This expert at each of its addresses; without a list of them itself."""
+        if self.base_url is None or isinstance(self.base_url, str):
+            return (self,)
+        # What one of them has answered counts for all: they share a place in the cache.
+        identity = self.identity or f"{self.base_url[0]} {self.model or ''}"
+        return tuple(self.model_copy(update={"base_url": url, "identity": identity}) for url in self.base_url)
 
 
 class RewardConfig(_Section):
@@ -174,6 +201,19 @@ class MergeConfig(_Section):
     """The product leaves out pieces below this share of the most probable one under the even mixture; 0 = none."""
 
 
+class DecodingConfig(_Section):
+    """The `[decoding]` table: how far experts are asked ahead. What is sampled has the same distribution in every mode."""
+
+    mode: Literal["auto", "lockstep", "lookahead", "draft"] = "auto"
+    """`lockstep`: a question to each expert for each token. `lookahead`: experts go on by themselves, and their lists
+    are used while the answer goes the same way. `draft`: one expert writes ahead, the others score what it wrote.
+    `auto`: what is fastest by what was measured, and where prices are set not dearer than lockstep."""
+    max_ahead: Annotated[int, Field(ge=1)] = 24
+    """Longest draft, in tokens."""
+    max_generated: Annotated[float, Field(ge=1)] = 2.0
+    """Tokens that one expert may generate for each token that is kept, on average over an answer."""
+
+
 class CacheConfig(_Section):
     """The `[cache]` table: distributions on disk."""
 
@@ -272,6 +312,7 @@ class Config(_Section):
     dimensions: dict[Name, DimensionConfig] = {}
     pcm: PcmConfig = PcmConfig()
     merge: MergeConfig = MergeConfig()
+    decoding: DecodingConfig = DecodingConfig()
     cache: CacheConfig = CacheConfig()
     train: TrainConfig = TrainConfig()
     presets: dict[Name, dict[Name, float]] = {}

@@ -1,11 +1,12 @@
 """One worker thread that runs a causal model for many open answers: KV caches kept, requests micro-batched.
 
-A request is the whole sequence of ids; the runner finds the cached sequence that it continues, so callers hold no
-session and cannot leak one. Each open answer owns a slot (a row of the KV tensors). A request that extends a slot
-computes only its new ids; one that branches off copies the shared part into another slot. All requests that wait when
-the worker becomes free travel in one forward, at whatever lengths they are.
+A request is the whole sequence of ids; the runner finds the cached sequence that it continues (`slots`), so callers
+hold no session and cannot leak one. A request that extends a slot computes only its new ids; one that branches off
+copies the shared part into another slot. All requests that wait when the worker becomes free travel in one forward, at
+whatever lengths they are.
 
-Used by the `local` experts and by the PCM. Left out on purpose: paged memory, CUDA graphs.
+Used by the `local` experts and by the PCM. Left out on purpose: paged memory; CUDA graphs and `torch.compile`, which
+need a GPU to be tried on.
 """
 
 from __future__ import annotations
@@ -13,34 +14,33 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
+import time
+from array import array
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
 from torch import Tensor
-from transformers import Cache
 
 from mope_bb.errors import ConfigError
+from mope_bb.slots import Slot, Slots
 
-SHORT_STEP: Final = 8
-"""Requests with at most this many new ids share a forward; longer ones (prompts) run alone, without padding."""
-MIN_CAPACITY: Final = 128
+SHORT_STEP: Final = 40
+"""Requests with at most this many new ids (a token, a draft) share forwards; longer ones (prompts) run alone."""
+FORWARD_COST: Final = 32
+"""What a forward costs beside its ids, in ids: on a CPU, where reading the weights takes as long as so many ids do.
+Requests of different lengths share a forward while the padding that this needs costs less."""
 SELF_CHECK_TOLERANCE: Final = 1e-2
 
 
 @dataclass(eq=False, slots=True)
-class _Slot:
-    row: int
-    ids: list[int] = field(default_factory=list)
-    last_used: int = 0
-
-
-@dataclass(eq=False, slots=True)
 class _Request:
-    ids: list[int]
+    ids: array[int]
+    count: int
+    num_settled: int
     future: Future[tuple[Tensor, Any]]
 
 
@@ -50,64 +50,21 @@ class _Swap:
     future: Future[None]
 
 
-class SlotCache(Cache):  # type: ignore[misc]  # untyped base
-    """KV tensors of shape (slots, heads, capacity, head size) per layer; each row has its own length."""
+@dataclass(frozen=True, eq=False, slots=True)
+class _Placed:
+    """A request with its slot; `start` of its ids are computed already."""
 
-    def __init__(self, num_slots: int) -> None:
-        super().__init__(layers=[])
-        self._num_slots = num_slots
-        self._kv: list[tuple[Tensor, Tensor] | None] = []
-        self._capacity = 0
-        self._rows: Tensor | None = None
-        self._positions: Tensor | None = None
-        self._length = 0
+    request: _Request
+    slot: Slot
+    start: int
 
-    def prepare(self, rows: Tensor, positions: Tensor, length: int) -> None:
-        """The next forward writes at `positions` (B x q) of `rows` (B) and attends to the first `length` positions."""
-        self._rows, self._positions, self._length = rows, positions, length
-        if length > self._capacity:
-            self._capacity = max(MIN_CAPACITY, 2 * length)
-            self._kv = [None if pair is None else (self._grown(pair[0]), self._grown(pair[1])) for pair in self._kv]
-
-    def _grown(self, old: Tensor) -> Tensor:
-        new = old.new_zeros(*old.shape[:2], self._capacity, old.shape[3])
-        new[:, :, : old.shape[2]] = old
-        return new
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Store the new keys and values (B x heads x q x size); return those of the whole sequences."""
-        assert self._rows is not None and self._positions is not None
-        while len(self._kv) <= layer_idx:
-            self._kv.append(None)
-        pair = self._kv[layer_idx]
-        if pair is None:
-            shape = (self._num_slots, key_states.shape[1], self._capacity)
-            pair = (
-                key_states.new_zeros(*shape, key_states.shape[3]),
-                value_states.new_zeros(*shape, value_states.shape[3]),
-            )
-            self._kv[layer_idx] = pair
-        for store, new in zip(pair, (key_states, value_states), strict=True):
-            store[self._rows[:, None], :, self._positions] = new.transpose(1, 2)
-        return pair[0][self._rows, :, : self._length], pair[1][self._rows, :, : self._length]
-
-    @torch.no_grad()
-    def copy_prefix(self, source: int, target: int, length: int) -> None:
-        """Give row `target` the first `length` positions of row `source`."""
-        for pair in self._kv:
-            if pair is not None:
-                for store in pair:
-                    store[target, :, :length] = store[source, :, :length]
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Positions are always given explicitly, so this is never used to count."""
-        return 0
+    @property
+    def num_new(self) -> int:
+        return len(self.request.ids) - self.start
 
 
 class BatchedModel:
-    """A causal transformers model as a service: ids in, the output row of the last position out."""
+    """A causal transformers model as a service: ids in, the outputs at the last of them out."""
 
     def __init__(self, model: Any, *, name: str, num_slots: int = 16, is_lm: bool = True, mark: Any = None) -> None:
         """`mark` is handed out with every row, until `swap` brings another."""
@@ -117,13 +74,12 @@ class BatchedModel:
         self._is_lm = is_lm
         self._device = next(model.parameters()).device
         self._dtype = next(model.parameters()).dtype
-        self._cache = SlotCache(num_slots)
-        self._slots = [_Slot(row) for row in range(num_slots)]
-        self._clock = 0
+        self._slots = Slots(num_slots)
         self._queue: queue.SimpleQueue[_Request | _Swap | None] = queue.SimpleQueue()
         self._closed = False
         self.num_forwards = 0
         self.num_ids_computed = 0
+        self.busy_s = 0.0
         self._self_check()
         self._thread = threading.Thread(target=self._work, name=f"mope-bb-{name}", daemon=True)
         self._thread.start()
@@ -136,14 +92,26 @@ class BatchedModel:
 
     async def last_row(self, ids: Sequence[int]) -> Tensor:
         """The model's output at the last of `ids`: a float32 vector on the CPU."""
-        return (await self.marked_row(ids))[0]
+        return (await self.rows(ids, 1))[0]
 
-    async def marked_row(self, ids: Sequence[int]) -> tuple[Tensor, Any]:
-        """`last_row`, and the mark of the weights that computed it."""
-        if not ids:
-            raise ValueError("a forward needs at least one id")
+    async def rows(self, ids: Sequence[int], count: int, *, num_settled: int | None = None) -> Tensor:
+        """The model's outputs at the last `count` of `ids`, in one forward: (count, V), float32, on the CPU.
+
+        `num_settled`: how many of `ids` the caller is sure of, by default all; the rest is a guess (a draft) that later
+        requests of the same answer may contradict. They then go on from where they differ, in the same slot.
+        Raises ValueError for a `count` that is not from 1 to the number of ids.
+        """
+        return (await self.marked_rows(ids, count, num_settled=num_settled))[0]
+
+    async def marked_rows(
+        self, ids: Sequence[int], count: int, *, num_settled: int | None = None
+    ) -> tuple[Tensor, Any]:
+        """`rows`, and the mark of the weights that computed them."""
+        if not 1 <= count <= len(ids):
+            raise ValueError(f"a forward of {len(ids)} ids cannot give {count} rows; it needs at least one id")
         future: Future[tuple[Tensor, Any]] = Future()
-        self._put(_Request(list(ids), future))
+        settled = len(ids) if num_settled is None else min(num_settled, len(ids))
+        self._put(_Request(array("q", ids), count, settled, future))
         return await asyncio.wrap_future(future)
 
     async def swap(self, load: Callable[[], Any]) -> None:
@@ -187,18 +155,31 @@ class BatchedModel:
                 return self._cancel_waiting()
 
     def _serve(self, requests: list[_Request]) -> None:
+        began = time.perf_counter()
         try:
-            for group in self._grouped(requests):
+            taken: set[int] = set()
+            short: list[_Placed] = []
+            for request in requests:
+                slot, start = self._slots.assign(request.ids, request.num_settled, request.count, taken)
+                taken.add(slot.row)
+                placed = _Placed(request, slot, start)
+                if placed.num_new <= SHORT_STEP:
+                    short.append(placed)
+                else:
+                    # At once, so that another request with the same prompt can take over what is computed.
+                    self._forward([placed])
+            for group in _grouped(short):
                 self._forward(group)
         except BaseException as error:  # noqa: BLE001  # handed to the callers
             # Whatever went wrong belongs to those who wait; the slots' contents are no longer known.
-            self._forget()
+            self._slots.forget()
             for request in requests:
                 if not request.future.done():
                     request.future.set_exception(error)
+        self.busy_s += time.perf_counter() - began
 
     def _swap(self, swap: _Swap) -> None:
-        self._forget()
+        self._slots.forget()
         if swap.future.set_running_or_notify_cancel():
             try:
                 self._mark = swap.load()
@@ -206,74 +187,52 @@ class BatchedModel:
             except BaseException as error:  # noqa: BLE001  # handed to the caller
                 swap.future.set_exception(error)
 
-    def _forget(self) -> None:
-        for slot in self._slots:
-            slot.ids = []
-
     def _cancel_waiting(self) -> None:
         while not self._queue.empty():
             if (item := self._queue.get_nowait()) is not None:
                 item.future.cancel()
 
-    def _grouped(self, requests: list[_Request]) -> list[list[tuple[_Request, _Slot, int]]]:
-        """Give each request a slot and a start; short ones together, long ones each alone."""
-        taken: set[int] = set()
-        short: list[tuple[_Request, _Slot, int]] = []
-        groups: list[list[tuple[_Request, _Slot, int]]] = []
-        for request in requests:
-            slot, start = self._assign(request.ids, taken)
-            taken.add(slot.row)
-            if len(request.ids) - start <= SHORT_STEP:
-                short.append((request, slot, start))
-            else:
-                groups.append([(request, slot, start)])
-        return [*groups, short] if short else groups
-
-    def _assign(self, ids: list[int], taken: set[int]) -> tuple[_Slot, int]:
-        self._clock += 1
-        best = max(self._slots, key=lambda slot: _common(slot.ids, ids))
-        shared = min(_common(best.ids, ids), len(ids) - 1)
-        if best.row in taken or len(best.ids) > shared + 1:
-            # The best match belongs to an answer that went elsewhere: branch off into the slot unused for longest.
-            target = min((slot for slot in self._slots if slot.row not in taken), key=lambda slot: slot.last_used)
-            if target is not best and shared:
-                self._cache.copy_prefix(best.row, target.row, shared)
-            best = target
-        # From here on the slot holds what is computed already; the forward adds the rest.
-        best.ids = ids[:shared]
-        best.last_used = self._clock
-        return best, shared
-
     @torch.no_grad()
-    def _forward(self, group: list[tuple[_Request, _Slot, int]]) -> None:
-        num_new = [len(request.ids) - start for request, _, start in group]
-        width = max(num_new)
-        starts = torch.tensor([start for _, _, start in group], device=self._device)
-        rows = torch.tensor([slot.row for _, slot, _ in group], device=self._device)
-        padded = [
-            request.ids[start:] + [0] * (width - n) for (request, _, start), n in zip(group, num_new, strict=True)
-        ]
-        outputs = self._run(torch.tensor(padded, device=self._device), rows, starts, last_only=len(group) == 1)
-        self.num_ids_computed += sum(num_new)
-        for i, ((request, slot, _), n) in enumerate(zip(group, num_new, strict=True)):
-            slot.ids = request.ids
-            row = outputs[i, -1 if outputs.shape[1] == 1 else n - 1]
-            request.future.set_result((row.to("cpu", torch.float32, copy=True), self._mark))
+    def _forward(self, group: list[_Placed]) -> None:
+        width = max(one.num_new for one in group)
+        # Of all positions that someone asked for, the first one.
+        first = min(one.num_new - one.request.count for one in group)
+        outputs = self._run(
+            [one.request.ids[one.start :] for one in group],
+            [one.slot.row for one in group],
+            [one.start for one in group],
+            num_outputs=width - first,
+        )
+        first = width - outputs.shape[1]
+        for row, one in zip(outputs, group, strict=True):
+            one.slot.ids, one.slot.num_settled = one.request.ids, one.request.num_settled
+            found = row[one.num_new - one.request.count - first : one.num_new - first]
+            self.num_ids_computed += one.num_new
+            one.request.future.set_result((found.to("cpu", torch.float32, copy=True), self._mark))
 
-    def _run(self, ids: Tensor, rows: Tensor, starts: Tensor, *, last_only: bool) -> Tensor:
-        """One forward of B x q new ids; B x q outputs, or only the last of one row."""
-        width = ids.shape[1]
-        positions = starts[:, None] + torch.arange(width, device=self._device)
-        length = int(positions.max()) + 1
-        self._cache.prepare(rows, positions, length)
+    def _run(
+        self, new_ids: Sequence[Sequence[int]], rows: Sequence[int], starts: Sequence[int], *, num_outputs: int
+    ) -> Tensor:
+        """One forward of B rows, padded to q ids; the outputs (B, n, V) at the last `num_outputs` of q or at all q."""
+        lengths = [len(ids) for ids in new_ids]
+        width = max(lengths)
+        self._slots.cache.prepare(rows, starts, width, self._device)
         self.num_forwards += 1
+        positions = torch.tensor(starts, device=self._device)[:, None] + torch.arange(width, device=self._device)
+        mask = None
+        if len(rows) > 1:
+            mask = causal_masks(self._model.config, positions, max(starts) + width, self._dtype)
+            # Padding may reach beyond the last position that a model knows.
+            ends = [start + length - 1 for start, length in zip(starts, lengths, strict=True)]
+            positions = positions.minimum(torch.tensor(ends, device=self._device)[:, None])
         outputs = self._model(
-            input_ids=ids,
-            attention_mask=causal_masks(self._model.config, positions, length, self._dtype),
+            input_ids=torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in new_ids], device=self._device),
+            # One row stands in the cache as in transformers' own, whose mask is at least as quick: for one id, none.
+            attention_mask=mask,
             position_ids=positions,
-            past_key_values=self._cache,
+            past_key_values=self._slots.cache,
             use_cache=True,
-            **({"logits_to_keep": 1} if self._is_lm and last_only else {}),
+            **({"logits_to_keep": num_outputs} if self._is_lm else {}),
         )
         logits: Tensor = outputs.logits
         return logits
@@ -281,18 +240,19 @@ class BatchedModel:
     @torch.no_grad()
     def _self_check(self) -> None:
         """Refuse architectures that this runner would compute wrongly: compare with the model's plain forward."""
-        probe = torch.arange(1, 13, device=self._device)[None] % self._model.config.vocab_size
-        row, zero = (
-            torch.zeros(1, dtype=torch.long, device=self._device),
-            torch.zeros(1, dtype=torch.long, device=self._device),
-        )
+        probe = [n % self._model.config.vocab_size for n in range(1, 13)]
         try:
-            self._run(probe[:, :7], row, zero, last_only=False)
-            cached = self._run(probe[:, 7:], row, zero + 7, last_only=False)[0, -1].float()
-            plain = self._model(input_ids=probe, use_cache=False).logits[0, -1].float()
+            plain = self._model(input_ids=torch.tensor([probe], device=self._device), use_cache=False).logits[0].float()
+            self._run([probe[:4]], [0], [0], num_outputs=1)
+            found = [self._run([probe[4:7]], [0], [4], num_outputs=3)[0]]
+            expected = [plain[4:7]]
+            if len(self._slots) > 1:  # beside another row, of another length
+                mixed = self._run([probe[7:], probe[:9]], [0, 1], [7, 0], num_outputs=9)
+                found += [mixed[0, :5], mixed[1]]
+                expected += [plain[7:], plain[:9]]
+            gap = float((torch.cat(found).float() - torch.cat(expected)).abs().max())
         except Exception as error:  # an architecture may fail in any way
             raise self._refusal(str(error)) from error
-        gap = float((cached - plain).abs().max())
         scale = SELF_CHECK_TOLERANCE * max(1.0, float(plain.abs().max()))
         if not gap <= (scale if self._dtype == torch.float32 else 20 * scale):
             raise self._refusal(f"outputs differ by {gap:.3g} from the model's own forward")
@@ -302,6 +262,18 @@ class BatchedModel:
             f"the model {self._name!r} ({type(self._model).__name__}) cannot run with a shared KV cache: {reason}",
             hint="Decoder-only attention models work (Llama, Qwen, Mistral, ...); serve others behind an engine.",
         )
+
+
+def _grouped(placed: list[_Placed]) -> Iterator[list[_Placed]]:
+    """Who shares a forward, the shortest first; in the order of their rows."""
+    group: list[_Placed] = []
+    for one in sorted(placed, key=lambda one: one.num_new):
+        if group and len(group) * (one.num_new - group[-1].num_new) > FORWARD_COST:
+            yield sorted(group, key=lambda one: one.slot.row)
+            group = []
+        group.append(one)
+    if group:
+        yield sorted(group, key=lambda one: one.slot.row)
 
 
 def causal_masks(config: Any, positions: Tensor, length: int, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
@@ -322,18 +294,6 @@ def causal_masks(config: Any, positions: Tensor, length: int, dtype: torch.dtype
     if getattr(config, "layer_types", None):
         return {"full_attention": additive(allowed), "sliding_attention": additive(near)}
     return additive(near)
-
-
-def _common(left: list[int], right: list[int]) -> int:
-    """Length of the common prefix."""
-    shorter = min(len(left), len(right))
-    if left[:shorter] == right[:shorter]:
-        return shorter
-    low, high = 0, shorter
-    while low + 1 < high:
-        middle = (low + high) // 2
-        low, high = (middle, high) if left[:middle] == right[:middle] else (low, middle)
-    return low
 
 
 _LOADING = threading.Lock()

@@ -22,6 +22,7 @@ from mope_bb.errors import (
     ProviderTimeoutError,
     RequestError,
 )
+from mope_bb.limits import MAX_IN_FLIGHT
 from mope_bb.transport import CONNECT_TIMEOUT_S, Endpoint, ReplyTooLongError, build_client, read_limited
 
 OPENAI_URL: Final = "https://api.openai.com/v1"
@@ -84,18 +85,20 @@ class OpenAIClient:
         timeout_s: float = 60.0,
         attempt_timeout_s: float = 20.0,
         max_retries: int = 4,
+        max_in_flight: int = MAX_IN_FLIGHT,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         """`timeout_s` is the deadline of a request with all its retries, `attempt_timeout_s` that of each try.
 
-        Without `api_version`, `base_url` is what "/chat/completions" is added to. With it, `base_url` is that of an
-        Azure resource, and `model` in a body is the name of a deployment. Raises ConfigError for what is no URL.
+        `max_in_flight` is the most requests, and connections, at a time. Without `api_version`, `base_url` is what
+        "/chat/completions" is added to. With it, `base_url` is that of an Azure resource, and `model` in a body is the
+        name of a deployment. Raises ConfigError for what is no URL.
         """
-        self._endpoint = Endpoint(provider, expert, timeout_s, attempt_timeout_s, max_retries)
+        self._endpoint = Endpoint(provider, expert, timeout_s, attempt_timeout_s, max_retries, max_in_flight)
         headers = {} if not api_key else {"api-key": api_key} if api_version else {"authorization": f"Bearer {api_key}"}
         base_url = base_url.rstrip("/")
         self._url = f"{base_url}/chat/completions"
-        self._http = build_client(base_url, headers, timeout_s, transport, kind=_WholeReplies)
+        self._http = build_client(base_url, headers, timeout_s, max_in_flight, transport, kind=_WholeReplies)
         # The SDK's types name httpx2, its successor of httpx, but an httpx.AsyncClient is documented to be accepted.
         # test_openai_client.py fails when that ends.
         http_client = cast("Any", self._http)

@@ -22,16 +22,17 @@ from mope_bb.cache import DistributionCache, open_cache
 from mope_bb.config import Config, PcmConfig, load_config
 from mope_bb.errors import ConfigError, ContextLengthError, PreferenceError
 from mope_bb.inference import choose_device
-from mope_bb.pcm.decode import decode
+from mope_bb.pcm.decode import OpenAnswer, decode
 from mope_bb.pcm.merging import Plan
 from mope_bb.pcm.model import PreferenceControlModel, load_pcm
+from mope_bb.pcm.pacing import Pace
 from mope_bb.pcm.plans import build_plan, configured_rule
 from mope_bb.pcm.runner import PcmScorer, Scorer, UserWeights
 from mope_bb.pcm.sampling import check_sampling
 from mope_bb.preferences import Preference
 from mope_bb.providers.pool import ExpertPool
 from mope_bb.text import TextAssembler
-from mope_bb.types import Answer, Context, FinishReason, Message, SamplingOptions, Token, TokenStep
+from mope_bb.types import Answer, Context, Effort, FinishReason, Message, SamplingOptions, Token, TokenStep
 
 T = TypeVar("T")
 Conversation = str | Sequence[Message | Mapping[str, Any]]
@@ -46,13 +47,17 @@ class AnswerStream:
     Leaving the loop early, or cancelling the task, cancels the requests that are under way.
     """
 
-    def __init__(self, steps: AsyncIterator[TokenStep], *, options: SamplingOptions, seed: int, plan: Plan) -> None:
+    def __init__(
+        self, open_answer: Callable[[], Awaitable[OpenAnswer]], *, options: SamplingOptions, seed: int, plan: Plan
+    ) -> None:
+        self._open_answer = open_answer
+        self._opened: OpenAnswer | None = None
         self._seed = seed
         self._plan = plan
         self._steps: list[TokenStep] = []
         self._texts: list[str] = []
         self._finish_reason: FinishReason | None = None
-        self._tokens = self._run(steps, options)
+        self._tokens = self._run(options)
 
     def __aiter__(self) -> AsyncIterator[Token]:
         return self._tokens
@@ -70,14 +75,24 @@ class AnswerStream:
     @property
     def answer(self) -> Answer:
         """The answer as far as it came; `finish_reason` is "length" for one that was left early."""
-        return Answer(self.text, tuple(self._steps), self._finish_reason or "length", self._seed, self._plan.rule.name)
+        opened = self._opened
+        return Answer(
+            self.text,
+            tuple(self._steps),
+            self._finish_reason or "length",
+            None if opened is not None and opened.uses_drafts else self._seed,
+            self._plan.rule.name,
+            Effort() if opened is None else opened.effort,
+        )
 
     async def aclose(self) -> None:
         """End the answer here."""
         await self._tokens.aclose()
 
-    async def _run(self, steps: AsyncIterator[TokenStep], options: SamplingOptions) -> AsyncGenerator[Token, None]:
+    async def _run(self, options: SamplingOptions) -> AsyncGenerator[Token, None]:
         assembler = TextAssembler(options.stop)
+        self._opened = await self._open_answer()
+        steps = aiter(self._opened)
         try:
             async for step in steps:
                 self._steps.append(step)
@@ -95,6 +110,8 @@ class AnswerStream:
             if not self._steps:
                 raise
             yield self._told(Token(assembler.flush(), self._steps[-1], "length"))
+        finally:
+            await steps.aclose()
 
     def _told(self, token: Token) -> Token:
         self._texts.append(token.text)
@@ -109,6 +126,7 @@ class Session:
         self.config = config
         self.roster = config.roster()
         self._pool = ExpertPool(config.experts, cache=cache)
+        self._pace = Pace(config.decoding)
         self._cache = cache
         self._pcm = _open_pcm(config.pcm)
         self._scorer: Scorer | None = None if self._pcm is not None else UserWeights()
@@ -138,8 +156,9 @@ class Session:
         context = Context(parse_conversation(conversation))
         plan = self.plan(preference, merge=merge)
         drawn_seed = random.SystemRandom().getrandbits(32) if seed is None else seed
-        steps = self._decode(context, plan, options, drawn_seed)
-        return AnswerStream(steps, options=options, seed=drawn_seed, plan=plan)
+        return AnswerStream(
+            lambda: self._open_answer(context, plan, options, drawn_seed), options=options, seed=drawn_seed, plan=plan
+        )
 
     async def complete(self, conversation: Conversation, **options: Any) -> Answer:
         """The whole answer; arguments as for `stream`."""
@@ -169,13 +188,14 @@ class Session:
             raise PreferenceError("no preference was given, and no expert has a dimension", hint="Name experts.")
         return Preference.of(dict.fromkeys(served, 1.0))
 
-    async def _decode(
-        self, context: Context, plan: Plan, options: SamplingOptions, seed: int
-    ) -> AsyncIterator[TokenStep]:
+    async def _open_answer(self, context: Context, plan: Plan, options: SamplingOptions, seed: int) -> OpenAnswer:
         await self._pool.open(plan.asked)
         scorer = await self._open_scorer()
-        async for step in decode(context, plan, self._pool, scorer, options, seed=seed):
-            yield step
+        # Who gives a seed wants the answer that belongs to it.
+        is_repeatable = options.seed is not None
+        return decode(
+            context, plan, self._pool, scorer, options, seed=seed, pace=self._pace, is_repeatable=is_repeatable
+        )
 
     async def _open_scorer(self) -> Scorer:
         """The PCM's runner is built when the experts' tokenizer is known."""

@@ -1,4 +1,4 @@
-"""The values that all layers pass around: frozen, comparable, standard library only.
+"""The values that all layers pass around: frozen, comparable, standard library only (numpy where a value has an array).
 
 Dimension letters used in the package: T response steps, E experts, K one expert's top-k, C candidates (the union of the
 experts' pieces), L PCM ids, B answers in a batch, V vocabulary, F features of what an expert said.
@@ -9,7 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final, Literal, NamedTuple
+from typing import TYPE_CHECKING, Final, Literal, NamedTuple
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 ROUNDING_MASS: Final = 1e-7
 """Endpoints compute in float32: a tail below this cannot be told from rounding."""
@@ -51,9 +55,9 @@ class Context:
     messages: tuple[Message, ...]
     response: tuple[Piece, ...] = ()
 
-    def extended(self, piece: Piece) -> Context:
-        """The context after one more piece of the answer."""
-        return Context(self.messages, (*self.response, piece))
+    def extended(self, *pieces: Piece) -> Context:
+        """The context after more pieces of the answer."""
+        return Context(self.messages, (*self.response, *pieces))
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,18 +114,28 @@ class DraftStep:
     list: that of the drafting temperature, renormalised over the list."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, eq=False, slots=True)
 class Candidates:
     """The support of one merge: every piece on any expert's list, with what each expert said of it."""
 
     pieces: tuple[Piece, ...]
     """C pieces, ordered by id, so that the order of the experts does not matter."""
-    logprobs: tuple[tuple[float, ...], ...]
-    """E x C; -inf where a piece is not on that expert's list."""
+    logprobs: NDArray[np.float64]
+    """(E, C), not to be changed; -inf where a piece is not on that expert's list."""
     floors: tuple[float, ...]
     """E; see `TokenDistribution.floor`."""
     tails: tuple[float, ...]
     """E tail masses."""
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Candidates):
+            return NotImplemented
+        mine, theirs = ((one.pieces, one.floors, one.tails) for one in (self, other))
+        # Equal pieces and floors, so the shapes are equal too.
+        return mine == theirs and bool((self.logprobs == other.logprobs).all())
+
+    def __hash__(self) -> int:
+        return hash((self.pieces, self.floors, self.tails))
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +144,8 @@ class TokenStep:
 
     piece: Piece
     logprob: float
-    """Natural log of the probability with which `piece` was drawn: after temperature and top_p."""
+    """Natural log of the probability with which `piece` was drawn: after temperature and top_p. Not a number where an
+    expert takes part that gives no logprobs."""
     experts: tuple[str, ...]
     """The E experts asked at this step, in the order of all the E-sized fields."""
     candidates: Candidates
@@ -144,12 +159,15 @@ class TokenStep:
     floor_mass: float
     """Probability, under the merge, of the pieces that at least one expert did not list."""
     entropy: float
-    """Of the distribution that `piece` was drawn from, in nats."""
+    """Of the distribution that `piece` was drawn from, in nats; not a number where `logprob` is not."""
     policy_version: int = 0
+    drawn_by: str | None = None
+    """The expert that was drawn first and gave this piece alone: only where an expert takes part that gives no
+    logprobs."""
 
     def expert_logprob(self, expert: str) -> float | None:
         """What `expert` said of the drawn piece; None when it was not on its list."""
-        value = self.candidates.logprobs[self.experts.index(expert)][self.index]
+        value = float(self.candidates.logprobs[self.experts.index(expert), self.index])
         return None if value == -math.inf else value
 
 
@@ -192,15 +210,32 @@ class Token:
 
 
 @dataclass(frozen=True, slots=True)
+class Effort:
+    """What the experts did for an answer."""
+
+    num_round_trips: int = 0
+    """Waits for the network one after the other: a draft and its scores are two."""
+    num_generated: int = 0
+    """Tokens that experts drew, those that were not used among them; in lockstep one for each expert and token."""
+    num_scored: int = 0
+    """Positions of other experts' drafts that were scored."""
+    num_drafted: int = 0
+    """Drafted tokens that were put to the test,"""
+    num_accepted: int = 0
+    """and how many of them were kept."""
+
+
+@dataclass(frozen=True, slots=True)
 class Answer:
     """A finished answer."""
 
     text: str
     steps: tuple[TokenStep, ...]
     finish_reason: FinishReason
-    seed: int
-    """The seed with which the same endpoints give the same answer again."""
+    seed: int | None
+    """With it the same endpoints give the same answer again; None where what endpoints drew took part."""
     merge: str
+    effort: Effort = Effort()
 
     @property
     def missed_mass_mean(self) -> float | None:

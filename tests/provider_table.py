@@ -8,7 +8,7 @@ from typing import Final
 
 from mope_bb.providers.base import Capabilities
 from mope_bb.providers.dialects import CHAT, COMPLETIONS, NATIVE, Dialect
-from mope_bb.providers.probe import SCORING
+from mope_bb.providers.findings import DRAFTS, SCORING
 
 PAGE: Final = Path(__file__).parents[1] / "docs" / "providers.md"
 BEGIN: Final = "<!-- made by tests/provider_table.py -->"
@@ -35,9 +35,9 @@ def rows() -> Iterator[str]:
     """The lines of the table."""
     yield (
         "| `provider` | route | k | continues an answer by | ids in / out | bytes | end of answer | logprobs | "
-        "T sent | scores a draft by | tested against | source |"
+        "T sent | drafts | scores a draft by | tested against | source |"
     )
-    yield "|" + "---|" * 12
+    yield "|" + "---|" * 13
     for route, table in (("native", NATIVE), ("completions", COMPLETIONS), ("chat", CHAT)):
         for name, dialect in table.items():
             yield row(name, route, dialect)
@@ -47,7 +47,6 @@ def row(name: str, route: str, dialect: Dialect) -> str:
     """One provider."""
     facts: Capabilities = dialect.capabilities
     ids = " / ".join("yes" if there else "no" for there in (facts.ids_in, facts.ids_out))
-    scoring = {**SCORING, "prefixes": "list of prefixes"}[facts.score]
     cells = (
         f"`{name}`",
         route,
@@ -58,7 +57,8 @@ def row(name: str, route: str, dialect: Dialect) -> str:
         "visible" if facts.eos_visible else "hidden",
         facts.logprob_scale,
         f"{dialect.temperature:g}",
-        "-" if facts.prefill == "none" else scoring,
+        DRAFTS[facts.drafts],
+        "-" if facts.prefill == "none" else SCORING[facts.score],
         REAL.get(name, "stand-in"),
         dialect.source,
     )

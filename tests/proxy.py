@@ -1,4 +1,6 @@
-"""A proxy in front of real expert servers: it counts, delays and damages what passes. A stand-in for bad days only."""
+"""What stands in front of real expert servers: a proxy that counts, delays and damages what passes, for bad days only,
+and one that gives them the pace of a GPU, for benchmarks. (`tests.relay` is a longer line to them.)
+"""
 
 from __future__ import annotations
 
@@ -6,14 +8,16 @@ import asyncio
 import json
 import math
 import random
+import re
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, Protocol, TypeVar
 
 import aiohttp
 import orjson
@@ -92,6 +96,79 @@ class Proxy:
 
 
 SESSION: web.AppKey[aiohttp.ClientSession] = web.AppKey("session")
+_NUM_PREDICTED: Final = re.compile(rb'"tokens_predicted":\s*(\d+)')
+_STOPPED: Final = re.compile(rb'"stop":\s*true')
+
+
+@dataclass(eq=False)
+class GpuPace:
+    """llama.cpp with the pace of a GPU's server: its own time counts, and what is missing is waited for.
+
+    How many requests are under way makes no difference, as on a GPU that batches them.
+    """
+
+    targets: Mapping[str, str]
+    """Name -> address of the real server."""
+    token_s: float = 0.010
+    """For each token that is generated."""
+    pass_s: float = 0.012
+    """For one pass over a draft or over several prompts, whatever their length."""
+    port: int = 0
+
+    async def handle(self, request: web.Request) -> web.StreamResponse:
+        """Pass one request on; the reply not before its time."""
+        began = time.monotonic()
+        name, path = request.match_info["name"], request.match_info["path"]
+        body = await request.read()
+        asked = orjson.loads(body) if path == "completion" else {}
+        headers = {"content-type": "application/json"}
+        if asked.get("stream"):
+            # llama.cpp hangs up after a stream without saying so beforehand.
+            headers["connection"] = "close"
+        async with request.app[SESSION].request(
+            request.method, f"{self.targets[name]}/{path}", data=body, headers=headers
+        ) as reply:
+            if asked.get("stream") and reply.status == 200:
+                return await self._stream(request, reply, began)
+            data = await reply.read()
+        if asked and reply.status == 200:
+            await _sleep_until(began + self._seconds(asked, data))
+        return web.Response(status=reply.status, body=data, content_type="application/json")
+
+    def _seconds(self, asked: Any, reply: bytes) -> float:
+        is_list = isinstance(asked["prompt"], list) and isinstance(asked["prompt"][0], list)
+        if asked.get("grammar") or (is_list and asked["n_predict"] == 1):
+            return self.pass_s
+        # All prompts of a list run together: the longest answer says when the reply is whole.
+        return self.token_s * max(int(number) for number in _NUM_PREDICTED.findall(reply))
+
+    async def _stream(self, request: web.Request, reply: aiohttp.ClientResponse, began: float) -> web.StreamResponse:
+        response = web.StreamResponse(status=reply.status, headers={"content-type": "text/event-stream"})
+        await response.prepare(request)
+        num_tokens = 0
+        async for line in reply.content:
+            # The last event has no token of its own.
+            if line.startswith(b"data: ") and not _STOPPED.search(line):
+                num_tokens += 1
+                await _sleep_until(began + num_tokens * self.token_s)
+            await response.write(line)
+        return response
+
+
+async def _sleep_until(deadline: float) -> None:
+    await asyncio.sleep(max(0.0, deadline - time.monotonic()))
+
+
+class Front(Protocol):
+    """What `running` runs."""
+
+    port: int
+
+    async def handle(self, request: web.Request) -> web.StreamResponse:
+        """Answer one request."""
+
+
+F = TypeVar("F", bound=Front)
 
 
 def heavy_tail(median_s: float, sigma: float, *, slow_share: float = 0.0, slow_factor: float = 20.0) -> Delay:
@@ -108,8 +185,11 @@ def heavy_tail(median_s: float, sigma: float, *, slow_share: float = 0.0, slow_f
 
 
 @contextmanager
-def running(proxy: Proxy) -> Iterator[Proxy]:
-    """Run `proxy` on a thread of its own, on a free port of loopback."""
+def running(proxy: F, *, cancels: bool = False) -> Iterator[F]:
+    """Run `proxy` on a thread of its own, on a free port of loopback.
+
+    `cancels`: what the client gives up is given up on the real server as well.
+    """
     loop = asyncio.new_event_loop()
     ready = threading.Event()
 
@@ -117,7 +197,7 @@ def running(proxy: Proxy) -> Iterator[Proxy]:
         app = web.Application()
         app[SESSION] = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
         app.router.add_route("*", "/{name}/{path:.*}", proxy.handle)
-        runner = web.AppRunner(app, shutdown_timeout=0.1)
+        runner = web.AppRunner(app, shutdown_timeout=0.1, handler_cancellation=cancels)
         await runner.setup()
         site = web.TCPSite(runner, "127.0.0.1", proxy.port)
         await site.start()
@@ -153,26 +233,43 @@ def running(proxy: Proxy) -> Iterator[Proxy]:
 @contextmanager
 def in_process(targets: Mapping[str, str], **latency: float) -> Iterator[Callable[[str], str]]:
     """A proxy with `heavy_tail` delays in a process of its own; gives name -> address."""
-    order = json.dumps({"targets": dict(targets), "latency": latency})
-    child = subprocess.Popen(
-        [sys.executable, "-m", "tests.proxy"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert child.stdin is not None
-    assert child.stdout is not None
-    try:
-        child.stdin.write(order + "\n")
-        child.stdin.flush()
-        port = int(child.stdout.readline())
+    with child("tests.proxy", {"targets": dict(targets), "latency": latency}) as port:
         yield lambda name: f"http://127.0.0.1:{port}/{name}"
+
+
+@contextmanager
+def paced_as_gpu(targets: Mapping[str, str]) -> Iterator[dict[str, str]]:
+    """A `GpuPace` in a process of its own; gives name -> address."""
+    with child("tests.proxy", {"targets": dict(targets)}) as port:
+        yield {name: f"http://127.0.0.1:{port}/{name}" for name in targets}
+
+
+@contextmanager
+def child(module: str, order: Mapping[str, Any]) -> Iterator[Any]:
+    """`module` in a process of its own, until the block is left; gives its answer to `order`, both a line of JSON."""
+    process = subprocess.Popen([sys.executable, "-m", module], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdin is not None
+    assert process.stdout is not None
+    try:
+        process.stdin.write(json.dumps(order) + "\n")
+        process.stdin.flush()
+        yield json.loads(process.stdout.readline())
     finally:
-        child.stdin.close()
-        child.wait(20)
+        process.stdin.close()
+        process.wait(20)
 
 
 def main() -> None:
     """Serve until standard input ends."""
     order = json.loads(sys.stdin.readline())
-    with running(Proxy(order["targets"], delay=heavy_tail(**order["latency"]))) as proxy:
+    if "latency" in order:
+        _serve(Proxy(order["targets"], delay=heavy_tail(**order["latency"])))
+    else:
+        _serve(GpuPace(order["targets"]), cancels=True)
+
+
+def _serve(proxy: Front, *, cancels: bool = False) -> None:
+    with running(proxy, cancels=cancels):
         print(proxy.port, flush=True)
         sys.stdin.read()
 

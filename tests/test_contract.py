@@ -4,22 +4,42 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
 
 import pytest
 
+from mope_bb.chat_tokenizer import ChatTokenizer, load_chat_tokenizer
 from mope_bb.config import parse_config
 from mope_bb.errors import ContextLengthError, PrefillError, RequestError
-from mope_bb.providers.base import Expert
+from mope_bb.providers import local, scripted
+from mope_bb.providers.base import Expert, IdExpert
+from mope_bb.providers.dialects import CHAT, COMPLETIONS, NATIVE
 from mope_bb.providers.registry import PROVIDERS, open_expert
-from mope_bb.types import END, Context, Message
+from mope_bb.types import END, Context, Message, Piece, TokenDistribution
+from mope_bb.zoo.build import Zoo
 from mope_bb.zoo.serving import ZooServer
 from tests.endpoints.stand_ins import StandIns
 
 T = TypeVar("T")
 QUESTION = Context((Message("user", "How do I fix a bike?"),))
+CONTEXT_LENGTH = 1024
+"""Of the zoo's models, and of a slot of the server."""
 SCRIPT = [{"Use": 0.5, "Try": 0.25, "Just": 0.125, "<end>": 0.0625}, {" it": 0.7, " é": 0.2}]
+
+
+FACTS = {
+    "local": local.CAPABILITIES,
+    "scripted": scripted.CAPABILITIES,
+    **{name: dialect.capabilities for table in (NATIVE, COMPLETIONS, CHAT) for name, dialect in table.items()},
+}
+DRAFTING = sorted(name for name, facts in FACTS.items() if facts.drafts != "none")
+CONTINUING = sorted(name for name, facts in FACTS.items() if facts.prefill not in ("none", "pieces"))
+
+
+def test_facts_are_known_of_every_adapter() -> None:
+    """The lists above leave nobody out."""
+    assert FACTS.keys() == PROVIDERS.keys()
 
 
 @pytest.fixture(params=sorted(PROVIDERS))
@@ -184,6 +204,110 @@ def test_control_tokens_in_a_message_are_refused(ask: Ask, provider: str) -> Non
     async def use(expert: Expert) -> None:
         with pytest.raises(RequestError, match=r"<\|end\|>"):
             await expert.next_tokens(Context((Message("user", "hi <|end|> there"),)), top_k=5)
+
+    ask(use)
+
+
+def assert_same_list(found: TokenDistribution, alone: TokenDistribution, noise: float) -> None:
+    """Two replies to one question: equal but for noise, which may also swap what stands at the end of the list."""
+    assert found.logprobs == pytest.approx(alone.logprobs, abs=noise)
+    known = dict(zip(alone.pieces, alone.logprobs, strict=True))
+    assert known.get(found.pieces[0], -math.inf) == pytest.approx(found.logprobs[0], abs=noise)
+    for piece, value in zip(found.pieces, found.logprobs, strict=True):
+        assert known.get(piece, alone.logprobs[-1]) == pytest.approx(value, abs=noise)
+
+
+def as_tokenized(path: Sequence[Piece], tokenizer: ChatTokenizer) -> bool:
+    """Whether the text of a path is made of the path's own tokens: an endpoint that takes text then reads them."""
+    data = b"".join(piece.data for piece in path)
+    try:
+        ids = tokenizer.encode_text(data.decode())
+    except UnicodeDecodeError:
+        return False
+    return [tokenizer.piece(token_id).data for token_id in ids] == [piece.data for piece in path]
+
+
+@pytest.mark.parametrize("provider", DRAFTING, indirect=True)
+def test_lists_along_a_draft_are_those_of_single_questions(ask: Ask, nano: Zoo) -> None:
+    """Whatever was drawn: position by position what `next_tokens` says after the same pieces."""
+    tokenizer = load_chat_tokenizer(str(nano.folder("concise")))
+
+    async def compare(expert: Expert, temperature: float) -> None:
+        steps = await expert.draft(QUESTION, top_k=5, num_tokens=8, temperature=temperature, seed=7)
+        assert 1 <= len(steps) <= 8
+        num_compared = 0
+        for position, step in enumerate(steps):
+            path = [one.piece for one in steps[:position]]
+            if expert.capabilities.ids_in or as_tokenized(path, tokenizer):
+                alone = await expert.next_tokens(QUESTION.extended(*path), top_k=5)
+                assert_same_list(step.distribution, alone, max(1e-5, expert.capabilities.logprob_noise))
+                num_compared += 1
+        assert num_compared >= min(3, len(steps))
+
+    async def use(expert: Expert) -> None:
+        for temperature in {expert.draft_temperature(wanted) for wanted in (0.0, 1.0)}:
+            await compare(expert, temperature)
+
+    ask(use)
+
+
+@pytest.mark.parametrize("provider", DRAFTING, indirect=True)
+def test_a_draft_is_drawn_from_what_it_says(ask: Ask) -> None:
+    """q is the list at the drafting temperature; the drawn piece stands where it says; nothing follows END."""
+
+    async def use(expert: Expert) -> None:
+        for temperature in {expert.draft_temperature(wanted) for wanted in (0.0, 0.7, 1.0)}:
+            steps = await expert.draft(QUESTION, top_k=5, num_tokens=16, temperature=temperature, seed=7)
+            assert END not in [step.piece for step in steps[:-1]]
+            for step in steps:
+                listed = step.distribution
+                assert step.index is None or listed.pieces[step.index] == step.piece
+                if temperature > 0.0:
+                    powers = [math.exp(value / temperature) for value in listed.logprobs]
+                    expected = [math.log(power / math.fsum(powers)) for power in powers]
+                    assert step.log_q == pytest.approx(expected, abs=1e-9)
+                else:
+                    assert [math.exp(value) for value in step.log_q] == [
+                        float(place == step.index) for place in range(len(listed.pieces))
+                    ]
+
+    ask(use)
+
+
+@pytest.mark.parametrize("provider", CONTINUING, indirect=True)
+def test_scores_are_those_of_single_questions(ask: Ask) -> None:
+    """After every prefix of a draft, the empty one and the whole among them."""
+
+    async def use(expert: Expert) -> None:
+        temperature = expert.draft_temperature(0.0)
+        steps = await expert.draft(QUESTION, top_k=5, num_tokens=8, temperature=temperature, seed=7)
+        for pieces in ([], [step.piece for step in steps if step.piece != END]):
+            found = await expert.score(QUESTION, pieces, top_k=5)
+            assert len(found) == len(pieces) + 1
+            for position, one in enumerate(found):
+                alone = await expert.next_tokens(QUESTION.extended(*pieces[:position]), top_k=5)
+                assert_same_list(one, alone, max(1e-5, expert.capabilities.logprob_noise))
+
+    ask(use)
+
+
+@pytest.mark.parametrize("num_left", [2, 5])
+@pytest.mark.parametrize("provider", [name for name in DRAFTING if FACTS[name].ids_in], indirect=True)
+def test_a_draft_is_as_short_as_the_context_wants_it(ask: Ask, nano: Zoo, num_left: int) -> None:
+    """Where one more token fits, a draft of many does not fail; what does not fit at all is its own error."""
+    word = next(p for p in load_chat_tokenizer(str(nano.folder("concise"))).pieces if p.data == b" bike")
+
+    async def use(expert: Expert) -> None:
+        assert isinstance(expert, IdExpert)
+        temperature, num_asked = expert.draft_temperature(1.0), 24
+        num_words = CONTEXT_LENGTH - num_left - len(await expert.ids_of(QUESTION))
+        long, too_long = (QUESTION.extended(*[word] * number) for number in (num_words, num_words + 10))
+        alone = await expert.next_tokens(long, top_k=5)
+        steps = await expert.draft(long, top_k=5, num_tokens=num_asked, temperature=temperature, seed=1)
+        assert 1 <= len(steps) <= num_left + 1
+        assert_same_list(steps[0].distribution, alone, max(1e-5, expert.capabilities.logprob_noise))
+        with pytest.raises(ContextLengthError):
+            await expert.draft(too_long, top_k=5, num_tokens=num_asked, temperature=temperature)
 
     ask(use)
 

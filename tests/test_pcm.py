@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from mope_bb.config import Config, parse_config
 from mope_bb.errors import CheckpointError, PreferenceError
-from mope_bb.pcm.model import PreferenceControlModel, build_pcm, load_pcm
-from mope_bb.pcm.runner import PcmScorer, build_pcm_messages
+from mope_bb.pcm.model import PolicyWeights, PreferenceControlModel, build_pcm, load_pcm
+from mope_bb.pcm.runner import PathJudgement, PcmScorer, UserWeights, build_pcm_messages
 from mope_bb.session import open_session
 from mope_bb.types import END, Answer, Context, Message, Piece
 from mope_bb.zoo import DIMENSIONS
@@ -114,6 +117,105 @@ def test_another_tokenizer_reads_the_bytes(nano: Zoo, trained: Path) -> None:
     rows = asyncio.run(score())
     assert torch.allclose(rows[0], rows[1], atol=1e-5)  # half of an accent says nothing yet
     assert not torch.allclose(rows[1], rows[2], atol=1e-5)
+
+
+def judged(
+    pcm: PreferenceControlModel, fingerprint: str, response: Sequence[Piece], path: Sequence[Piece]
+) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Scores along `path` by `judge_path`, and by a judgement of its own at each position; forwards of the former."""
+    context = Context((Message("user", QUESTION),), tuple(response))
+
+    async def run() -> tuple[torch.Tensor, torch.Tensor, int]:
+        scorer, single = (PcmScorer(pcm, expert_fingerprint=fingerprint) for _ in range(2))
+        await scorer.judge(context, "Be concise.", EXPERTS)
+        before = scorer._runner.num_forwards
+        along = await scorer.judge_path(context, path, "Be concise.", EXPERTS)
+        num_forwards = scorer._runner.num_forwards - before
+        assert scorer.seconds_per_forward > 0
+        one_by_one = [
+            (await single.judge(context.extended(*path[:n]), "Be concise.", EXPERTS)).head_scores
+            for n in range(len(path) + 1)
+        ]
+        assert along.policy_version == 7
+        for one in (scorer, single):
+            await one.aclose()
+        return along.head_scores, torch.stack(one_by_one), num_forwards
+
+    return asyncio.run(run())
+
+
+def text_pieces(pcm: PreferenceControlModel, first: int, last: int) -> tuple[Piece, ...]:
+    """Pieces of the tokenizer, END left out."""
+    return tuple(piece for piece in pcm.tokenizer.pieces[first:last] if piece != END)
+
+
+def test_a_path_is_judged_in_one_forward(trained: Path) -> None:
+    """Along a drafted path the scores are those of one judgement at each position; behind END there is nothing new."""
+    pcm = load_pcm(str(trained))
+    path = (*text_pieces(pcm, 60, 75), END)
+    along, one_by_one, num_forwards = judged(pcm, pcm.tokenizer.fingerprint, text_pieces(pcm, 40, 50), path)
+    assert along.shape == (len(path) + 1, len(EXPERTS))
+    torch.testing.assert_close(along, one_by_one, rtol=1e-4, atol=1e-4)
+    assert num_forwards == 1
+    assert along[:-1].std(dim=0).min() > 1e-3
+    assert torch.equal(along[-1], along[-2])
+
+
+def test_a_path_in_another_tokenizer(trained: Path) -> None:
+    """The path begins inside a character and ends inside one: a position without new text has the scores before it."""
+    pcm = load_pcm(str(trained))
+    pieces = [Piece(bytes([byte]), None) for byte in "aé🚲 okÿ".encode("latin-1", "ignore") + "é🚲 ok€".encode()[:-1]]
+    along, one_by_one, num_forwards = judged(pcm, "another", pieces[:5], pieces[5:])
+    torch.testing.assert_close(along, one_by_one, rtol=1e-4, atol=1e-4)
+    assert num_forwards == 1
+    assert torch.equal(along[-1], along[-2])
+
+
+def test_a_path_beyond_the_context_of_the_pcm(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the PCM reads the end of the text only, a path is judged as its positions are, and in few forwards."""
+    pcm = load_pcm(str(trained))
+    prompt = len(pcm.tokenizer.encode_chat(build_pcm_messages("Be concise.", (Message("user", QUESTION),))))
+    monkeypatch.setattr(pcm.model.config, "max_position_embeddings", prompt + 12)
+    response, path = text_pieces(pcm, 40, 50), text_pieces(pcm, 60, 92)
+    along, one_by_one, num_forwards = judged(pcm, pcm.tokenizer.fingerprint, response, path)
+    torch.testing.assert_close(along, one_by_one, rtol=1e-4, atol=1e-4)
+    assert 2 <= num_forwards < len(path) / 2
+
+
+def test_a_path_is_judged_by_one_policy(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """New weights that come between the two windows of a path: all of it is judged by them."""
+    pcm = load_pcm(str(trained))
+    weights = PolicyWeights.of(pcm)
+    newer = replace(weights, tensors={name: 2 * one for name, one in weights.tensors.items()}, policy_version=8)
+    prompt = len(pcm.tokenizer.encode_chat(build_pcm_messages("", (Message("user", QUESTION),))))
+    monkeypatch.setattr(pcm.model.config, "max_position_embeddings", prompt + 4)
+    context, path = Context((Message("user", QUESTION),)), text_pieces(pcm, 60, 70)
+
+    async def run() -> tuple[PathJudgement, PathJudgement]:
+        scorer = PcmScorer(pcm, expert_fingerprint=pcm.tokenizer.fingerprint)
+        read = scorer._runner.marked_rows
+
+        async def load_behind(*args: Any, **options: Any) -> Any:
+            monkeypatch.setattr(scorer._runner, "marked_rows", read)
+            found = await read(*args, **options)
+            await scorer.load(newer)
+            return found
+
+        monkeypatch.setattr(scorer._runner, "marked_rows", load_behind)
+        interrupted = await scorer.judge_path(context, path, "", EXPERTS)
+        again = await scorer.judge_path(context, path, "", EXPERTS)
+        await scorer.aclose()
+        return interrupted, again
+
+    interrupted, again = asyncio.run(run())
+    assert interrupted.policy_version == 8
+    torch.testing.assert_close(interrupted.head_scores, again.head_scores, rtol=1e-4, atol=1e-4)
+
+
+def test_user_weights_along_a_path() -> None:
+    """Without a PCM every position has scores of zero."""
+    found = asyncio.run(UserWeights().judge_path(Context(()), (Piece(b"a", 1),) * 3, "", EXPERTS))
+    assert torch.equal(found.head_scores, torch.zeros(4, len(EXPERTS)))
 
 
 def test_folder_loads_in_plain_transformers(trained: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import pytest
 import torch
 
-from mope_bb.config import Config, parse_config
+from mope_bb.config import Config, DecodingConfig, parse_config
 from mope_bb.errors import ContextLengthError, RequestError
 from mope_bb.pcm.actors import Actor
 from mope_bb.pcm.bench import ExpertBench
@@ -24,6 +24,7 @@ from mope_bb.pcm.local_sampler import LocalSampler
 from mope_bb.pcm.mixture import MergeRule
 from mope_bb.pcm.model import PolicyWeights, PreferenceControlModel, build_pcm, load_pcm
 from mope_bb.pcm.plans import build_plan
+from mope_bb.pcm.pacing import Pace
 from mope_bb.pcm.pool_sampler import PoolSampler
 from mope_bb.pcm.rollouts import FailedRollout, Rollout, RolloutRequest
 from mope_bb.pcm.row_lists import LocalModel
@@ -106,7 +107,9 @@ class Paths:
         gate = settings.pop("gate", None)
         head = NoHead(gate) if pcm is None else PcmRows(pcm)
         batches = LocalSampler(self.models, head, **settings).sample(requests, options)
-        return batches, PoolSampler(self.pool, self.runner, pcm, gate=gate).sample(requests, options)
+        return batches, PoolSampler(
+            self.pool, self.runner, pcm, pace=Pace(DecodingConfig(mode="lockstep")), gate=gate
+        ).sample(requests, options)
 
 
 @pytest.fixture(scope="module")
@@ -245,7 +248,7 @@ def test_progress_counts_the_answers(paths: Paths) -> None:
     requests = paths.requests(RULES[0])
     for sampler in (
         LocalSampler(paths.models, NoHead(), batch_size=4),
-        PoolSampler(paths.pool, paths.runner, None),
+        PoolSampler(paths.pool, paths.runner, None, pace=Pace()),
     ):
         told: list[tuple[int, int]] = []
         sampler.sample(requests, SamplingOptions(max_tokens=2), progress=lambda *counts, told=told: told.append(counts))

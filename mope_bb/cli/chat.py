@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import math
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -48,8 +49,13 @@ class ChatOptions:
     type=click.Choice(["linear", "geometric", "product"]),
     help="The merge rule; default the one that the PCM was trained for, else linear.",
 )
+@click.option(
+    "--decoding",
+    type=click.Choice(["auto", "lockstep", "lookahead", "draft"]),
+    help="How far experts are asked ahead; the distribution is the same. Default: the configuration's, else auto.",
+)
 @click.option("--once", metavar="TEXT", help="Answer this and end. Standard input is read if it is piped.")
-@click.option("--seed", type=int, help="Equal seeds draw equal answers.")
+@click.option("--seed", type=int, help="Equal seeds draw equal answers; nothing is then drafted by an endpoint.")
 @click.option("--temperature", type=float, default=1.0, show_default=True, help="0 takes the most probable piece.")
 @click.option("--top-p", type=float, default=1.0, show_default=True)
 @click.option("--max-tokens", type=int, default=256, show_default=True)
@@ -62,6 +68,7 @@ def chat(
     config_path: str | None,
     pcm_path: str | None,
     merge: str | None,
+    decoding: str | None,
     once: str | None,
     system: str | None,
     as_json: bool,
@@ -81,7 +88,7 @@ def chat(
     with open_config(config_path) as config, asyncio.Runner() as runner:
         from mope_bb.session import build_session
 
-        session = build_session(config if pcm_path is None else with_pcm(config, pcm_path))
+        session = build_session(changed(config, pcm_path, decoding))
         try:
             if question is None:
                 from mope_bb.cli.interactive import Conversation
@@ -95,9 +102,11 @@ def chat(
             runner.run(session.aclose())
 
 
-def with_pcm(config: Config, path: str) -> Config:
-    """The configuration with another PCM."""
-    return config.model_copy(update={"pcm": config.pcm.model_copy(update={"path": path})})
+def changed(config: Config, pcm_path: str | None, decoding: str | None) -> Config:
+    """The configuration with another PCM, or another mode of decoding, where one is given."""
+    pcm = config.pcm if pcm_path is None else config.pcm.model_copy(update={"path": pcm_path})
+    mode = config.decoding if decoding is None else config.decoding.model_copy(update={"mode": decoding})
+    return config.model_copy(update={"pcm": pcm, "decoding": mode})
 
 
 def read_piped_question() -> str | None:
@@ -202,7 +211,7 @@ def json_line(token: Token) -> str:
             "text": token.text,
             "token_id": token.step.piece.token_id,
             "bytes": list(token.step.piece.data),
-            "logprob": token.step.logprob,
+            "logprob": None if math.isnan(token.step.logprob) else token.step.logprob,
             "weights": token.weights,
             "expert_logprobs": token.expert_logprobs,
             "missed_mass": token.missed_mass,
@@ -221,8 +230,15 @@ def summary(answer: Answer, *, is_stopped: bool = False) -> str:
     elif answer.steps:
         floor = sum(step.floor_mass for step in answer.steps) / len(answer.steps)
         parts.append(f"mass on unlisted values {floor:.3f}")
+    if answer.effort.num_round_trips:
+        waits, drawn = (
+            count / len(answer.steps) for count in (answer.effort.num_round_trips, answer.effort.num_generated)
+        )
+        parts.append(f"{waits:.2f} round trips and {drawn:.1f} generated a token")
+    if drawn_by := sorted({step.drawn_by for step in answer.steps if step.drawn_by is not None}):
+        parts.append(f"experts drawn one at a time, without logprobs ({', '.join(drawn_by)})")
     if is_stopped:
         parts.append("stopped")
     elif answer.finish_reason == "length":
         parts.append("cut at the length limit")
-    return " · ".join([*parts, f"seed {answer.seed}"])
+    return " · ".join([*parts, *([] if answer.seed is None else [f"seed {answer.seed}"])])

@@ -12,7 +12,7 @@ import click
 
 if TYPE_CHECKING:
     from mope_bb.config import Config
-    from mope_bb.providers.probe import ExpertReport
+    from mope_bb.providers.findings import ExpertReport
     from mope_bb.rewards.probe import RewardReport
 
 STYLES = {"ok": "green", "warning": "yellow", "error": "bold red", "unknown": "dim"}
@@ -83,7 +83,7 @@ def show(experts: list[ExpertReport], rewards: list[RewardReport], *, can_run: b
     from rich.table import Table
     from rich.text import Text
 
-    from mope_bb.providers.probe import CHECKS
+    from mope_bb.providers.findings import CHECKS
 
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
     table = Table(box=None, pad_edge=False)

@@ -17,7 +17,7 @@ COLOURS = ("cyan", "magenta", "green", "yellow", "blue", "red", "bright_cyan", "
 
 def carrier_shares(step: TokenStep, plan: Plan) -> dict[str, float]:
     """How much each styled expert carried the drawn piece, summing to 1."""
-    logprobs = torch.tensor(step.candidates.logprobs, dtype=torch.float64)
+    logprobs = torch.from_numpy(step.candidates.logprobs)
     floors = torch.tensor(step.candidates.floors, dtype=torch.float64)
     first = 1 if plan.rule.needs_base else 0
     weights = torch.tensor(step.weights[first:], dtype=torch.float64)

@@ -18,6 +18,7 @@ from mope_bb.pcm.gates import Gate
 from mope_bb.pcm.heads import NoHead, PcmRows
 from mope_bb.pcm.local_sampler import LocalSampler
 from mope_bb.pcm.model import PolicyWeights, PreferenceControlModel
+from mope_bb.pcm.pacing import Pace
 from mope_bb.pcm.rollouts import FailedRollout, Progress, Rollout, RolloutRequest, rollout_of
 from mope_bb.pcm.row_lists import LocalModel
 from mope_bb.pcm.runner import PcmScorer, Scorer, UserWeights
@@ -109,11 +110,13 @@ class PoolActor(Actor):
         pool: ExpertPool,
         pcm: PreferenceControlModel | None,
         *,
+        pace: Pace,
         gate: Gate | None = None,
         max_in_flight: int,
     ) -> None:
         """At most `max_in_flight` answers at a time. `gate` is what decides where there is no PCM."""
         self._pool = pool
+        self._pace = pace
         self._pcm = pcm
         self._scorer: Scorer | None = None if pcm is not None else UserWeights(gate)
         self._opening = asyncio.Lock()
@@ -149,7 +152,8 @@ class PoolActor(Actor):
         steps: list[TokenStep] = []
         context = Context(request.messages)
         try:
-            async for step in decode(context, request.plan, self._pool, scorer, options, seed=request.seed):
+            answer = decode(context, request.plan, self._pool, scorer, options, seed=request.seed, pace=self._pace)
+            async for step in answer:
                 steps.append(step)
         except ConfigError:
             raise

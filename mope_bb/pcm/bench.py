@@ -20,6 +20,7 @@ from mope_bb.pcm.heads import NoHead, PcmRows
 from mope_bb.pcm.local_models import are_local, open_local_models
 from mope_bb.pcm.local_sampler import LocalSampler
 from mope_bb.pcm.model import PreferenceControlModel
+from mope_bb.pcm.pacing import Pace
 from mope_bb.pcm.pool_sampler import PoolSampler
 from mope_bb.pcm.rollouts import Sampler
 from mope_bb.providers.pool import ExpertPool
@@ -38,6 +39,7 @@ class ExpertBench:
         """The local experts by name; empty when some expert is not local."""
         self._cache = None if self.models else open_cache(config.cache)
         self._pool = ExpertPool(chosen, cache=self._cache)
+        self._pace = Pace(config.decoding)
         self._runner = asyncio.Runner()
 
     def sampler(
@@ -52,7 +54,7 @@ class ExpertBench:
             return LocalSampler(self.models, head)
         if is_context_free:
             raise _context_free_error()
-        return PoolSampler(self._pool, self._runner, pcm, gate=gate)
+        return PoolSampler(self._pool, self._runner, pcm, pace=self._pace, gate=gate)
 
     def actor(
         self, pcm: PreferenceControlModel | None = None, *, max_in_flight: int, is_context_free: bool = False
@@ -63,7 +65,7 @@ class ExpertBench:
             return LocalActor(self.models, copy, is_context_free=is_context_free)
         if is_context_free:
             raise _context_free_error()
-        return PoolActor(self._pool, copy, max_in_flight=max_in_flight)
+        return PoolActor(self._pool, copy, pace=self._pace, max_in_flight=max_in_flight)
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         """Await `work` on the experts' own event loop."""

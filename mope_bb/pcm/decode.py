@@ -1,67 +1,338 @@
-"""One token step, and the answer that is made of them. Chat, server, evaluation and rollouts all come through here.
+"""One open answer, token by token. Chat, server, evaluation and rollouts all come through here.
 
-ask the experts  |  score with the PCM          (both need only the prefix, so they run at the same time)
-          align -> features -> weights -> merge -> shape -> draw
+          ask the experts  |  score with the PCM          (at the same time)
+          merge -> shape -> draw
+
+Experts are asked ahead where that is faster (`pacing`). That changes how often they are asked, and never the
+distribution that is sampled: a list that is known early is used only if the answer has gone the way it was asked for,
+and a piece that an expert drafted is tested against the merged distribution (`speculation`).
 """
 
 from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncGenerator, Awaitable, Coroutine, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
-from mope_bb.pcm.merging import Plan, merge_step
-from mope_bb.pcm.runner import Judgement, Scorer
+from mope_bb.errors import ContextLengthError, LogprobsUnavailableError, MalformedResponseError, RequestError
+from mope_bb.pcm import expert_first
+from mope_bb.pcm.merging import Merged, Plan, merge_path
+from mope_bb.pcm.pacing import AnswerPace, Move, Pace, Request
+from mope_bb.pcm.runner import PathJudgement, Scorer
 from mope_bb.pcm.sampling import check_sampling, draw, shape_distribution
-from mope_bb.providers.pool import ExpertPool
-from mope_bb.types import END, Context, SamplingOptions, TokenDistribution, TokenStep
+from mope_bb.pcm.speculation import agreement_row, verify
+from mope_bb.providers.lookahead import Lookahead
+from mope_bb.providers.pool import ExpertPool, together
+from mope_bb.types import END, Context, DraftStep, Effort, Piece, SamplingOptions, TokenDistribution, TokenStep
+
+T = TypeVar("T")
+REFUSALS = (RequestError, MalformedResponseError, LogprobsUnavailableError)
+"""What an endpoint answers that does not do what was asked of it."""
 
 
-async def decode(
-    context: Context, plan: Plan, pool: ExpertPool, scorer: Scorer, options: SamplingOptions, *, seed: int
-) -> AsyncIterator[TokenStep]:
-    """Yield the steps of one answer, END included, at most `options.max_tokens` pieces.
+class OpenAnswer:
+    """An answer that is being written: an async iterator of its steps, made by `decode`."""
 
-    One uniform number per step from a generator of this answer's own: equal seeds and equal distributions give equal
-    answers. Raises ProviderError, AlignmentError, PcmError, ConfigError.
-    """
-    check_sampling(options)
-    generator = random.Random(seed)
-    await pool.open(plan.asked)
-    if options.max_tokens > 1:
-        pool.check_can_continue(plan.asked)
-    for _ in range(options.max_tokens):
-        distributions, judgement = await _both(pool, scorer, plan, context)
-        merged = merge_step(plan, distributions, judgement.head_scores, judgement.gate)
-        shaped = shape_distribution(merged.log_pi, temperature=options.temperature, top_p=options.top_p)
-        index = draw(shaped, generator.random())
-        step = TokenStep(
+    def __init__(
+        self,
+        context: Context,
+        plan: Plan,
+        pool: ExpertPool,
+        scorer: Scorer,
+        options: SamplingOptions,
+        *,
+        seed: int,
+        pace: Pace | None = None,
+        is_repeatable: bool = False,
+    ) -> None:
+        """See `decode`."""
+        check_sampling(options)
+        self.effort = Effort()
+        """What the experts did so far."""
+        self.uses_drafts = False
+        """Whether chance at an endpoint took part: then the seed alone does not give this answer again."""
+        self._context = context
+        self._plan = plan
+        self._pool = pool
+        self._scorer = scorer
+        self._options = options
+        self._generator = random.Random(seed)
+        self._shared_pace = pace or Pace()
+        self._is_repeatable = is_repeatable
+        self._known = Lookahead(plan.asked)
+        self._begun: tuple[Move, asyncio.Task[tuple[DraftStep, ...]]] | None = None
+
+    def __aiter__(self) -> AsyncGenerator[TokenStep, None]:
+        return self._steps()
+
+    async def _steps(self) -> AsyncGenerator[TokenStep, None]:
+        await self._pool.open(self._plan.asked)
+        if self._options.max_tokens > 1:
+            self._pool.check_can_continue(self._plan.asked)
+        self._pace = self._open_pace()
+        self._unlisted = tuple(name for name in self._plan.asked if not self._pool.seat(name).gives_lists)
+        if self._unlisted:
+            expert_first.check_plan(self._plan, self._unlisted, self._options)
+        num_left = self._options.max_tokens
+        try:
+            while num_left > 0:
+                steps = await self._block(num_left)
+                num_left -= len(steps)
+                for step in steps:
+                    yield step
+                if steps[-1].piece == END:
+                    return
+        finally:
+            await self._drop_begun()
+
+    def _open_pace(self) -> AnswerPace:
+        plan, options = self._plan, self._options
+        return AnswerPace(
+            self._shared_pace,
+            [self._pool.seat(name) for name in plan.asked],
+            key=(plan.asked, plan.rule.name, options.temperature, options.top_p),
+            is_repeatable=self._is_repeatable and options.temperature > 0,
+        )
+
+    async def _block(self, num_left: int) -> list[TokenStep]:
+        """The next steps, at least one and at most `num_left`."""
+        if self._unlisted:
+            return [await self._draw_expert_first()]
+        if self._begun is not None:
+            # Always used: a choice that knows how long it took would know something of what is in it.
+            move, _ = self._begun
+        else:
+            move = self._pace.choose(num_left=num_left, num_context=self._num_context())
+        if move.drafter is not None:
+            try:
+                return await self._draft_and_score(move, move.drafter, num_left)
+            except REFUSALS as error:
+                await self._drop_begun()
+                if not isinstance(error, ContextLengthError):  # a draft may be too long where one token is not
+                    name = error.expert or move.drafter
+                    self._shared_pace.give_up(name, "draft" if name == move.drafter else "score", error.message)
+                move = Move("lockstep")
+        return await self._look_ahead(move)
+
+    def _num_context(self) -> int:
+        # About four bytes make a token: good enough for what a question costs.
+        return sum(len(message.content) for message in self._context.messages) // 4 + len(self._context.response)
+
+    # Lockstep and lookahead: everyone is asked for the next positions; pieces are drawn while all of them are known.
+
+    async def _look_ahead(self, move: Move) -> list[TokenStep]:
+        _, judged = await self._with_judging((), self._ask(move.num_ahead))
+        lists, expected = self._known.common()
+        if expected:
+            judged = await self._judge(expected)
+        steps: list[TokenStep] = []
+        shapes: list[Tensor] = []
+        merged = merge_path(self._plan, lists, judged.head_scores, judged.gate)
+        for position, one in enumerate(merged):
+            shapes.append(self._shaped(one))
+            steps.append(self._step(one, shapes[-1], draw(shapes[-1], self._generator.random()), judged))
+            if position == len(expected) or steps[-1].piece != expected[position]:
+                break
+        self._go_on(steps, shapes)
+        return steps
+
+    async def _ask(self, num_ahead: int) -> None:
+        depths = {name: self._known.depth(name) for name in self._plan.asked}
+        if min(depths.values()) > 0:
+            return
+        self._count(num_round_trips=1)
+        # Who knows little more is asked along, so that fewer waits follow each other.
+        await together([self._ask_one(name, num_ahead) for name, depth in depths.items() if depth < 0.75 * num_ahead])
+
+    async def _ask_one(self, name: str, num_ahead: int) -> None:
+        if num_ahead > 1 and self._pool.seat(name).can_continue and self._shared_pace.can(name, "draft"):
+            try:
+                # The most probable pieces: the answer goes that way more often than any other.
+                drafting = self._pool.draft(name, self._context, num_tokens=num_ahead, temperature=0.0)
+                steps = await self._timed(name, "draft", num_ahead, drafting)
+            except REFUSALS as error:
+                if not isinstance(error, ContextLengthError):
+                    self._shared_pace.give_up(name, "draft", error.message)
+            else:
+                self._count_generated(name, len(steps))
+                return self._known.learn(name, steps)
+        distribution = await self._timed(name, "ask", 1, self._pool.ask_one(name, self._context))
+        self._count_generated(name, 1)
+        self._known.learn_one(name, distribution)
+        return None
+
+    # Draft and score: one expert writes ahead, the others say what they think of it.
+
+    async def _draft_and_score(self, move: Move, drafter: str, num_left: int) -> list[TokenStep]:
+        draft = _testable(await self._take_draft(drafter, move.num_ahead))
+        path = [step.piece for step in draft]
+        num_next = min(move.num_ahead, num_left - len(path))
+        if move.begins_next and num_next > 0 and draft[-1].index is not None and path[-1] != END:
+            drafting = self._draft(drafter, self._context.extended(*path), num_next)
+            self._begun = replace(move, num_ahead=num_next), asyncio.ensure_future(drafting)
+        others = [name for name in self._plan.asked if name != drafter]
+        asking = together([self._score(name, path[:-1]) for name in others])
+        scores, judged = await self._with_judging(path[:-1], asking)
+        said = {drafter: [step.distribution for step in draft], **dict(zip(others, scores, strict=True))}
+        lists = [[said[name][position] for name in self._plan.asked] for position in range(len(draft))]
+        if others:
+            self._count(num_round_trips=1, num_scored=len(others) * len(draft))
+        self.uses_drafts |= self._options.temperature > 0
+        steps: list[TokenStep] = []
+        shapes: list[Tensor] = []
+        is_kept = True
+        for step, one in zip(draft, merge_path(self._plan, lists, judged.head_scores, judged.gate), strict=True):
+            shapes.append(self._shaped(one))
+            uniforms = self._generator.random(), self._generator.random()
+            verdict = verify(shapes[-1], one.candidates, step, uniforms)
+            steps.append(self._step(one, shapes[-1], verdict.index, judged))
+            is_kept = verdict.is_kept
+            if not is_kept:
+                break
+        self._count(num_drafted=len(steps), num_accepted=len(steps) - (not is_kept))
+        if not is_kept:
+            await self._drop_begun()
+        self._go_on(steps, shapes)
+        return steps
+
+    async def _take_draft(self, drafter: str, num_tokens: int) -> tuple[DraftStep, ...]:
+        begun, self._begun = self._begun, None
+        self._count(num_round_trips=1)
+        return await (begun[1] if begun else self._draft(drafter, self._context, num_tokens))
+
+    async def _draft(self, drafter: str, context: Context, num_tokens: int) -> tuple[DraftStep, ...]:
+        # Counted at once: what is begun early and not used was generated all the same.
+        self._count_generated(drafter, num_tokens)
+        drafting = self._pool.draft(
+            drafter,
+            context,
+            num_tokens=num_tokens,
+            temperature=self._options.temperature,
+            seed=self._generator.getrandbits(31),
+        )
+        steps = await self._timed(drafter, "draft", num_tokens, drafting)
+        self._count_generated(drafter, len(steps) - num_tokens)
+        return steps
+
+    async def _score(self, name: str, path: Sequence[Piece]) -> tuple[TokenDistribution, ...]:
+        return await self._timed(name, "score", len(path) + 1, self._pool.score(name, self._context, path))
+
+    async def _drop_begun(self) -> None:
+        begun, self._begun = self._begun, None
+        if begun is not None:
+            _, drafting = begun
+            drafting.cancel()
+            await asyncio.gather(drafting, return_exceptions=True)
+
+    # Some expert gives no lists: the expert is drawn first.
+
+    async def _draw_expert_first(self) -> TokenStep:
+        listed = [name for name in self._plan.asked if name not in self._unlisted]
+        found, judged = await self._with_judging((), self._pool.ask(listed, self._context))
+        lists = dict(zip(listed, found, strict=True))
+        weights = expert_first.expert_weights(self._plan, lists, judged.head_scores[0], judged.gate)
+        share = expert_first.shares(self._plan, lists, weights)
+        name = self._plan.asked[draw(share.log(), self._generator.random())]
+        if name in lists:
+            logprobs = torch.tensor(lists[name].logprobs, dtype=torch.float64)
+            piece = lists[name].pieces[draw(logprobs, self._generator.random())]
+            self._count(num_round_trips=1)
+        else:
+            piece = await self._pool.sample(name, self._context)
+            self.uses_drafts = True
+            self._count(num_round_trips=2 if listed else 1)
+        for one in {*listed, name}:
+            self._count_generated(one, 1)
+        self._context = self._context.extended(piece)
+        return expert_first.step_of(self._plan, lists, weights, (name, piece), judged.policy_version)
+
+    # What all share
+
+    async def _with_judging(self, path: Sequence[Piece], asking: Awaitable[T]) -> tuple[T, PathJudgement]:
+        """Experts and PCM at the same time; a failure of the experts cancels the PCM's work."""
+        judging = asyncio.ensure_future(self._judge(path))
+        try:
+            return await asking, await judging
+        finally:
+            judging.cancel()
+
+    async def _judge(self, path: Sequence[Piece]) -> PathJudgement:
+        judging = self._scorer.judge_path(self._context, path, self._plan.preference_text, self._plan.experts)
+        return await self._timed("", "judge", len(path) + 1, judging)
+
+    async def _timed(self, name: str, request: Request, num_positions: int, work: Coroutine[Any, Any, T]) -> T:
+        began = time.perf_counter()
+        found = await work
+        self._shared_pace.observe(name, request, num_positions, time.perf_counter() - began)
+        return found
+
+    def _shaped(self, merged: Merged) -> Tensor:
+        return shape_distribution(merged.log_pi, temperature=self._options.temperature, top_p=self._options.top_p)
+
+    def _step(self, merged: Merged, shaped: Tensor, index: int, judged: PathJudgement) -> TokenStep:
+        return TokenStep(
             piece=merged.candidates.pieces[index],
             logprob=float(shaped[index]),
-            experts=plan.asked,
+            experts=self._plan.asked,
             candidates=merged.candidates,
             index=index,
-            weights=(*((0.0,) if plan.rule.needs_base else ()), *merged.weights.tolist()),
+            weights=(*((0.0,) if self._plan.rule.needs_base else ()), *merged.weights.tolist()),
             missed_mass=merged.missed_mass,
             floor_mass=merged.floor_mass,
             entropy=float(torch.special.entr(shaped.exp()).sum()),
-            policy_version=judgement.policy_version,
+            policy_version=judged.policy_version,
         )
-        yield step
-        if step.piece == END:
-            return
-        context = context.extended(step.piece)
+
+    def _go_on(self, steps: Sequence[TokenStep], shapes: Sequence[Tensor]) -> None:
+        """The answer is longer by `steps`."""
+        for step in steps:
+            self._known.advance(step.piece)
+        self._context = self._context.extended(*(step.piece for step in steps))
+        self._pace.learn(
+            [
+                agreement_row(shaped.numpy(), step.candidates.logprobs, self._options.temperature)
+                for step, shaped in zip(steps, shapes, strict=True)
+            ]
+        )
+
+    def _count(self, **more: int) -> None:
+        sums = {name: getattr(self.effort, name) + number for name, number in more.items()}
+        self.effort = replace(self.effort, **sums)
+
+    def _count_generated(self, name: str, number: int) -> None:
+        self._pace.num_generated[name] += number
+        self._count(num_generated=number)
 
 
-async def _both(
-    pool: ExpertPool, scorer: Scorer, plan: Plan, context: Context
-) -> tuple[list[TokenDistribution], Judgement]:
-    """Experts and PCM at the same time; if one fails the other is cancelled and the failure is raised itself."""
-    scoring = asyncio.ensure_future(scorer.judge(context, plan.preference_text, plan.experts))
-    try:
-        distributions = await pool.ask(plan.asked, context)
-        return distributions, await scoring
-    finally:
-        scoring.cancel()
+def decode(
+    context: Context,
+    plan: Plan,
+    pool: ExpertPool,
+    scorer: Scorer,
+    options: SamplingOptions,
+    *,
+    seed: int,
+    pace: Pace | None = None,
+    is_repeatable: bool = False,
+) -> OpenAnswer:
+    """The steps of one answer, END included, at most `options.max_tokens` pieces: `async for step in decode(...)`.
+
+    `pace` is what the answers of one pool have measured together. `is_repeatable` keeps out what endpoints draw by
+    themselves: there is then one uniform number per step from a generator of this answer's own, and equal seeds and
+    equal distributions give equal answers. Raises ConfigError here; ProviderError, AlignmentError, PcmError on the way.
+    """
+    return OpenAnswer(context, plan, pool, scorer, options, seed=seed, pace=pace, is_repeatable=is_repeatable)
+
+
+def _testable(draft: Sequence[DraftStep]) -> Sequence[DraftStep]:
+    """The draft up to the first piece that is not on its own list: what was written after it is of no use."""
+    for position, step in enumerate(draft):
+        if step.index is None:
+            return draft[: position + 1]
+    return draft

@@ -22,12 +22,10 @@ def expert_features(logprobs: Tensor, log_lambda: Tensor, tails: Tensor, base: T
     nothing, or m = sum_i lambda_i p_i, both as returned.
     """
     probabilities = logprobs.exp()
-    if base is None:
-        reference = torch.logsumexp(log_lambda[..., None] + logprobs, dim=-2, keepdim=True)
-    else:
-        reference = base[..., None, :]
-    zero = torch.zeros_like(logprobs)
-    listed = probabilities > 0
-    entropy = -torch.where(listed, probabilities * logprobs, zero).sum(dim=-1)
-    divergence = torch.where(listed, probabilities * (logprobs - reference), zero).sum(dim=-1)
+    reference = (log_lambda.exp().unsqueeze(-2) @ probabilities).log() if base is None else base.unsqueeze(-2)
+    # Finite, so that what is not listed counts 0 times a number.
+    lowest = torch.finfo(logprobs.dtype).min
+    logprobs, reference = logprobs.clamp_min(lowest), reference.clamp_min(lowest)
+    entropy = -(probabilities * logprobs).sum(dim=-1)
+    divergence = (probabilities * (logprobs - reference)).sum(dim=-1)
     return torch.stack((entropy, divergence, tails), dim=-1)

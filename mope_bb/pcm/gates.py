@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Final, Literal
 
 import torch
@@ -21,6 +22,11 @@ SIGN: Final = {"entropy": -1.0, "divergence": 1.0}
 class Gate(ABC):
     """Scores of the experts; 0 leaves the user's own weight as it is."""
 
+    @property
+    def is_head_alone(self) -> bool:
+        """Whether the scores are the head's: then no features are needed."""
+        return False
+
     @abstractmethod
     def scores(self, head_scores: Tensor, phi: Tensor, asked: Tensor) -> Tensor:
         """(..., E) from the PCM's head (..., E), the experts' features (..., E, F) and who was asked (..., E)."""
@@ -32,6 +38,10 @@ class LinearGate(Gate):
 
     feature_weights: Tensor = field(default_factory=lambda: torch.zeros(len(FEATURES)))
     """u, (F,)."""
+
+    @cached_property
+    def is_head_alone(self) -> bool:
+        return not (self.feature_weights.requires_grad or bool(self.feature_weights.any()))
 
     def scores(self, head_scores: Tensor, phi: Tensor, asked: Tensor) -> Tensor:
         return head_scores + phi @ self.feature_weights.to(phi.dtype)

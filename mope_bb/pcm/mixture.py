@@ -22,15 +22,13 @@ renormalised on its own, which would change the weights.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Literal, cast
+from typing import Final, Literal, cast
 
 import torch
 from torch import Tensor
 
-from mope_bb.errors import AlignmentError, ConfigError
-from mope_bb.types import END, Candidates, Piece, TokenDistribution
+from mope_bb.errors import ConfigError
 
 MergeRuleName = Literal["linear", "geometric", "product"]
 
@@ -60,7 +58,7 @@ class MergeRule:
         An expert that is not asked has log lambda -inf, and weight 0 whatever its score.
         """
         if self.name == "product":
-            num_experts = torch.isfinite(log_lambda).sum(dim=-1, keepdim=True)
+            num_experts = (log_lambda > -math.inf).sum(dim=-1, keepdim=True)
             return num_experts * torch.exp(log_lambda + self.product_scale * torch.tanh(scores))
         return torch.softmax(log_lambda + scores, dim=-1)
 
@@ -71,32 +69,41 @@ class MergeRule:
         (..., E) from `weights`. Where the rule needs the base `logprobs` has one row more: the base comes first.
         A candidate that is -inf for everyone is padding: it has probability 0.
         """
-        padding = torch.isneginf(logprobs).all(dim=-2)
-        # Any finite number will do there: with -inf for every expert the gradient would not be a number.
-        logprobs = logprobs.masked_fill(padding[..., None, :], 0.0)
-        merged = self._unnormalised(logprobs, weights).masked_fill(padding, -math.inf)
-        return torch.log_softmax(merged.masked_fill(self._implausible(logprobs, padding), -math.inf), dim=-1)
+        if self.name == "linear":
+            return torch.log_softmax(_log_mixture(logprobs, weights), dim=-1)
+        padding = torch.isneginf(logprobs.amax(dim=-2))
+        # With -inf the gradient would not be a number.
+        filled = logprobs.clamp_min(IMPOSSIBLE)
+        merged = self._unnormalised(filled, weights).masked_fill(self._excluded(filled, padding), -math.inf)
+        return torch.log_softmax(merged, dim=-1)
 
-    def _implausible(self, logprobs: Tensor, padding: Tensor) -> Tensor:
-        """Which candidates (..., C) the product leaves out."""
+    def _excluded(self, filled: Tensor, padding: Tensor) -> Tensor:
+        """Which candidates (..., C) get probability 0: padding, and what is implausible to the product."""
         if self.name != "product" or self.plausibility == 0.0:
             return padding
-        mixture = torch.logsumexp(logprobs, dim=-2).masked_fill(padding, -math.inf)
-        return mixture < mixture.amax(dim=-1, keepdim=True) + math.log(self.plausibility)
+        mixture = filled.exp().sum(dim=-2)
+        return padding | (mixture < self.plausibility * mixture.amax(dim=-1, keepdim=True))
 
-    def _unnormalised(self, logprobs: Tensor, weights: Tensor) -> Tensor:
-        if self.name == "linear":
-            # The clamp keeps the gradient finite where a weight is 0.
-            log_weights = weights.clamp_min(torch.finfo(weights.dtype).tiny).log().masked_fill(weights == 0, -math.inf)
-            terms = log_weights[..., None] + logprobs
-            # The same for a candidate that only experts of weight 0 listed: its probability is 0.
-            nobody = torch.isneginf(terms).all(dim=-2)
-            terms = terms.masked_fill(nobody[..., None, :], 0.0)
-            return torch.logsumexp(terms, dim=-2).masked_fill(nobody, -math.inf)
+    def _unnormalised(self, filled: Tensor, weights: Tensor) -> Tensor:
         if self.name == "geometric":
-            return (weights[..., None] * logprobs).sum(dim=-2)
-        base = logprobs[..., 0, :]
-        return base + (weights[..., None] * (logprobs[..., 1:, :] - base[..., None, :])).sum(dim=-2)
+            return _weighted_sum(weights, filled)
+        base = filled[..., :1, :]
+        return base.squeeze(-2) + _weighted_sum(weights, filled[..., 1:, :] - base)
+
+
+def _log_mixture(logprobs: Tensor, weights: Tensor) -> Tensor:
+    """log sum_i w_i p_i, (..., C); -inf where nobody with a weight lists the candidate."""
+    # Against the largest of each candidate nothing underflows that counts; a number must stand where all are -inf.
+    largest = logprobs.amax(dim=-2, keepdim=True).clamp_min(torch.finfo(logprobs.dtype).min)
+    mixture = _weighted_sum(weights, (logprobs - largest).exp())
+    # Neither the logarithm of 0 nor that of a subnormal number has a finite gradient.
+    nobody = mixture < torch.finfo(mixture.dtype).tiny
+    return (mixture.masked_fill(nobody, 1.0).log() + largest.squeeze(-2)).masked_fill(nobody, -math.inf)
+
+
+def _weighted_sum(weights: Tensor, values: Tensor) -> Tensor:
+    """Over the experts: (..., C) from (..., E) and (..., E, C)."""
+    return (weights.unsqueeze(-2) @ values).squeeze(-2)
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,39 +135,6 @@ def build_rule(name: str, *, product_scale: float = 1.5, plausibility: float = 0
     return MergeRule(cast(MergeRuleName, name), product_scale, plausibility)
 
 
-def align(distributions: Sequence[TokenDistribution]) -> Candidates:
-    """Join the experts' lists: one candidate for each piece that is on any of them.
-
-    Raises AlignmentError where the lists cannot be of one tokenizer.
-    """
-    if not distributions:
-        raise AlignmentError("there is no distribution to merge")
-    found: dict[int | bytes, Piece] = {}
-    for distribution in distributions:
-        for piece in distribution.pieces:
-            if found.setdefault(piece.key, piece) != piece:
-                raise AlignmentError(
-                    f"token {piece.token_id} is {found[piece.key].data!r} for one expert, {piece.data!r} for another",
-                    hint="The experts have different tokenizers; use experts fine-tuned from one base model.",
-                )
-    if len({type(key) for key in found if key != END.key}) > 1:
-        raise AlignmentError("some experts give token ids and others only bytes; they cannot be merged")
-    order: list[Any] = sorted(found, key=lambda key: (key != END.key, key))
-    column = {key: index for index, key in enumerate(order)}
-    rows = []
-    for distribution in distributions:
-        row = [-math.inf] * len(order)
-        for piece, logprob in zip(distribution.pieces, distribution.logprobs, strict=True):
-            row[column[piece.key]] = logprob
-        rows.append(tuple(row))
-    return Candidates(
-        pieces=tuple(found[key] for key in order),
-        logprobs=tuple(rows),
-        floors=tuple(distribution.floor for distribution in distributions),
-        tails=tuple(distribution.tail_mass for distribution in distributions),
-    )
-
-
 def fill_missing(rule: MergeRule, logprobs: Tensor, floors: Tensor) -> Tensor:
     """Values for candidates that an expert did not list.
 
@@ -171,9 +145,9 @@ def fill_missing(rule: MergeRule, logprobs: Tensor, floors: Tensor) -> Tensor:
     """
     if rule.name == "linear":
         return logprobs
-    missing = torch.isneginf(logprobs)
-    padding = missing.all(dim=-2, keepdim=True)
-    return torch.where(missing & ~padding, floors.clamp_min(IMPOSSIBLE)[..., None], logprobs)
+    padding = torch.isneginf(logprobs.amax(dim=-2, keepdim=True))
+    # No listed logprob is below its expert's floor.
+    return torch.maximum(logprobs, floors.clamp_min(IMPOSSIBLE).unsqueeze(-1)).masked_fill(padding, -math.inf)
 
 
 def missed_mass(weights: Tensor, tails: Tensor) -> Tensor:

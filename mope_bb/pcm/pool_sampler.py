@@ -9,6 +9,7 @@ from typing import Final
 from mope_bb.pcm.actors import PoolActor
 from mope_bb.pcm.gates import Gate
 from mope_bb.pcm.model import PreferenceControlModel
+from mope_bb.pcm.pacing import Pace
 from mope_bb.pcm.rollouts import FailedRollout, Progress, Rollout, RolloutRequest, Sampler
 from mope_bb.providers.pool import ExpertPool
 from mope_bb.types import SamplingOptions
@@ -25,6 +26,7 @@ class PoolSampler(Sampler):
         runner: asyncio.Runner,
         pcm: PreferenceControlModel | None,
         *,
+        pace: Pace,
         gate: Gate | None = None,
         max_in_flight: int = MAX_IN_FLIGHT,
     ) -> None:
@@ -32,6 +34,7 @@ class PoolSampler(Sampler):
         self._pool = pool
         self._runner = runner
         self._pcm = pcm
+        self._pace = pace
         self._gate = gate
         self._max_in_flight = max_in_flight
 
@@ -44,7 +47,7 @@ class PoolSampler(Sampler):
         self, requests: Sequence[RolloutRequest], options: SamplingOptions, progress: Progress | None
     ) -> list[Rollout | FailedRollout]:
         # A new one each time: what an earlier one has cached belongs to weights that may have changed since.
-        actor = PoolActor(self._pool, self._pcm, gate=self._gate, max_in_flight=self._max_in_flight)
+        actor = PoolActor(self._pool, self._pcm, pace=self._pace, gate=self._gate, max_in_flight=self._max_in_flight)
         try:
             return await actor.sample(requests, options, progress=progress)
         finally:

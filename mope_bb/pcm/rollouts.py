@@ -90,11 +90,12 @@ class Sampler(ABC):
 
 def rollout_of(request: RolloutRequest, steps: Sequence[TokenStep], finish_reason: FinishReason) -> Rollout:
     """The rollout of an answer that `decode` gave, sampled at temperature 1 and top_p 1."""
-    width = max(len(step.candidates.pieces) for step in steps)
+    width = max(step.candidates.logprobs.shape[1] for step in steps)
     num_experts = len(steps[0].experts)
     logprobs = torch.full((len(steps), num_experts, width), -torch.inf)
     for row, step in zip(logprobs, steps, strict=True):
-        row[:, : len(step.candidates.pieces)] = torch.tensor(step.candidates.logprobs)
+        said = torch.from_numpy(step.candidates.logprobs)
+        row[:, : said.shape[1]] = said
     first = 1 if request.plan.rule.needs_base else 0
     return Rollout(
         request,

@@ -10,15 +10,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mope_bb.chat_tokenizer import ChatTokenizer
 from mope_bb.errors import ContextLengthError
+from mope_bb.pcm.alignment import tails_and_floors
 from mope_bb.pcm.mixture import IMPOSSIBLE, Lists
 from mope_bb.providers.base import with_system
 from mope_bb.row_batch import RowBatch
-from mope_bb.types import ROUNDING_MASS, Message
+from mope_bb.types import Message
 
 NO_KEY: Final = 2**62
 """Stands for "no piece" where keys are sorted: behind all others."""
@@ -86,7 +88,7 @@ class Feed:
 
 
 def align_rows(keys: Tensor, values: Tensor, *, vocab_sizes: Sequence[int]) -> tuple[Tensor, Lists]:
-    """`mixture.align` for many answers: the candidates' keys (B, C) and the lists, from keys and logprobs (B, N, K).
+    """`alignment.align` for many answers: the candidates' keys (B, C) and the lists, from keys and logprobs (B, N, K).
 
     Candidates stand in the order of their keys, END first, padded with NO_KEY. A list that is empty was not asked for.
     """
@@ -104,9 +106,7 @@ def align_rows(keys: Tensor, values: Tensor, *, vocab_sizes: Sequence[int]) -> t
     logprobs = logprobs.scatter(2, place_of, values.masked_fill(keys == NO_KEY, -math.inf))[..., :-1]
     asked = (keys != NO_KEY).any(dim=-1)
     counts = (keys != NO_KEY).sum(dim=-1)
-    tails = (1 - values.exp().sum(dim=-1)).clamp(0.0, 1.0)
-    missing = torch.tensor(vocab_sizes)[None] - counts
-    shared = (tails.clamp_min(ROUNDING_MASS) / missing.clamp_min(1)).log()
-    smallest = values.masked_fill(keys == NO_KEY, math.inf).amin(dim=-1)
-    floors = torch.where(missing > 0, torch.minimum(smallest, shared), -math.inf)
+    masses, smallest = values.exp().sum(dim=-1), values.masked_fill(keys == NO_KEY, math.inf).amin(dim=-1)
+    missing = np.array(vocab_sizes) - counts.numpy()
+    tails, floors = map(torch.from_numpy, tails_and_floors(masses.numpy(), smallest.numpy(), missing))
     return candidates, Lists(logprobs, floors.masked_fill(~asked, IMPOSSIBLE), tails.masked_fill(~asked, 0.0))

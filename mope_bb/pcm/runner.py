@@ -6,9 +6,10 @@ import asyncio
 import logging
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate, chain, groupby
 from typing import Final
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from mope_bb.inference import BatchedModel
 from mope_bb.pcm.gates import Gate, LinearGate
 from mope_bb.pcm.model import PolicyWeights, PreferenceControlModel
-from mope_bb.types import Context, Message, Piece
+from mope_bb.types import END, Context, Message, Piece
 
 PROMPTS_KEPT: Final = 64
 _log = logging.getLogger(__name__)
@@ -34,6 +35,16 @@ class Judgement:
     policy_version: int
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class PathJudgement:
+    """What one policy says about the experts at M positions of one answer."""
+
+    head_scores: Tensor
+    """(M, E)."""
+    gate: Gate
+    policy_version: int
+
+
 class Scorer(ABC):
     """Gives each expert a score; 0 leaves the user's own weight as it is."""
 
@@ -44,14 +55,14 @@ class Scorer(ABC):
     async def judge(self, context: Context, preference_text: str, experts: Sequence[str]) -> Judgement:
         """What it says about `experts` after the preference, the conversation and the answer so far."""
 
+    @abstractmethod
     async def judge_path(
         self, context: Context, path: Sequence[Piece], preference_text: str, experts: Sequence[str]
-    ) -> tuple[Judgement, ...]:
-        """The judgements after every prefix of `path`, the empty one and the whole among them: len(path) + 1.
+    ) -> PathJudgement:
+        """What it says after every prefix of `path`, the empty one and the whole among them: M = len(path) + 1.
 
-        All by one policy.
+        `path` is a guess at how the answer in `context` goes on; at END it ends. All by one policy.
         """
-        raise NotImplementedError
 
     async def aclose(self) -> None:  # noqa: B027  # most scorers hold nothing
         """Free memory."""
@@ -68,8 +79,8 @@ class UserWeights(Scorer):
 
     async def judge_path(
         self, context: Context, path: Sequence[Piece], preference_text: str, experts: Sequence[str]
-    ) -> tuple[Judgement, ...]:
-        return (await self.judge(context, preference_text, experts),) * (len(path) + 1)
+    ) -> PathJudgement:
+        return PathJudgement(torch.zeros(len(path) + 1, len(experts)), self._gate, policy_version=0)
 
 
 class PcmScorer(Scorer):
@@ -92,12 +103,51 @@ class PcmScorer(Scorer):
         self._warned: set[str] = set()
         self._encode_text = lru_cache(maxsize=65536)(pcm.tokenizer.encode_text)
 
+    @property
+    def seconds_per_forward(self) -> float:
+        """Mean time of a forward so far: of one step of all answers that were open then."""
+        return self._runner.busy_s / max(1, self._runner.num_forwards)
+
     async def judge(self, context: Context, preference_text: str, experts: Sequence[str]) -> Judgement:
-        ids = (*self._prompt_ids(preference_text, context.messages), *self._response_ids(context.response))
+        found = await self.judge_path(context, (), preference_text, experts)
+        return Judgement(found.head_scores[0], found.gate, found.policy_version)
+
+    async def judge_path(
+        self, context: Context, path: Sequence[Piece], preference_text: str, experts: Sequence[str]
+    ) -> PathJudgement:
+        grown = grown_ids((*context.response, *path), None if self._same_ids else self._encode_text)
+        ids = list(self._prompt_ids(preference_text, context.messages))
+        ids += chain.from_iterable(grown[: len(context.response)])
+        lengths = list(accumulate(map(len, grown[len(context.response) :]), initial=len(ids)))
+        ids += chain.from_iterable(grown[len(context.response) :])
+        rows, (gate, version) = await self._read(ids, lengths)
+        return PathJudgement(torch.stack([self._scores(rows, name) for name in experts], dim=1), gate, version)
+
+    async def _read(self, ids: list[int], lengths: list[int]) -> tuple[Tensor, tuple[Gate, int]]:
+        """The rows after the first n of `ids`, for each n of the ascending `lengths`, and the policy of all of them."""
+        while True:
+            rows, marks = [], []
+            for start, group in groupby(lengths, key=self._first_read):
+                ends = list(group)
+                found, mark = await self._runner.marked_rows(
+                    ids[start : ends[-1]], ends[-1] - ends[0] + 1, num_settled=max(0, lengths[0] - start)
+                )
+                rows.append(found[[end - ends[0] for end in ends]])
+                marks.append(mark)
+            if all(mark is marks[0] for mark in marks):  # else new weights came between two windows
+                return torch.cat(rows), marks[0]
+
+    def _first_read(self, length: int) -> int:
+        """Where the PCM begins to read a text of `length` ids.
+
+        Beyond its context it reads the end of the text; a weight is better than an error here. The window moves by a
+        quarter of the context at a time, so that in between what was read stays read.
+        """
         limit = self._runner.max_length
-        # Beyond its context the PCM reads the end of the text; a weight is better than an error here.
-        row, (gate, version) = await self._runner.marked_row(ids if limit is None else ids[-limit:])
-        return Judgement(torch.stack([self._score(row, name) for name in experts]), gate, version)
+        if limit is None or length <= limit:
+            return 0
+        stride = max(1, limit // 4)
+        return -(-(length - limit) // stride) * stride
 
     async def load(self, weights: PolicyWeights) -> None:
         """Go on with other weights, also within answers; each step tells the version that acted."""
@@ -108,14 +158,14 @@ class PcmScorer(Scorer):
 
         await self._runner.swap(replace)
 
-    def _score(self, row: Tensor, name: str) -> Tensor:
+    def _scores(self, rows: Tensor, name: str) -> Tensor:
         index = self._row_of.get(name)
         if index is not None:
-            return row[index]
+            return rows[:, index]
         if name not in self._warned:
             self._warned.add(name)
             _log.warning("the PCM does not know the expert %r: its weight stays the user's", name)
-        return torch.zeros(())
+        return torch.zeros(len(rows))
 
     def _prompt_ids(self, preference_text: str, messages: tuple[Message, ...]) -> tuple[int, ...]:
         key = (preference_text, messages)
@@ -124,11 +174,6 @@ class PcmScorer(Scorer):
             if len(self._prompts) > self._max_prompts:
                 self._prompts.popitem(last=False)
         return self._prompts[key]
-
-    def _response_ids(self, response: Sequence[Piece]) -> tuple[int, ...]:
-        if self._same_ids:
-            return tuple(piece.token_id for piece in response if piece.token_id is not None)
-        return tuple(token_id for text in complete_texts(response) for token_id in self._encode_text(text))
 
     async def aclose(self) -> None:
         await asyncio.to_thread(self._runner.close)
@@ -152,17 +197,14 @@ def response_ids(pcm: PreferenceControlModel, response: Sequence[Piece], *, same
 
     `same_ids`: the experts' tokenizer is the PCM's own. Else they are those of the text that became whole.
     """
-    grown: list[list[int]] = []
-    waiting: list[Piece] = []
-    for piece in response:
-        if same_ids:
-            grown.append([] if piece.token_id is None else [piece.token_id])
-            continue
-        before = sum(map(len, complete_texts(waiting)))
-        waiting.append(piece)
-        new = "".join(complete_texts(waiting))[before:]
-        grown.append(list(pcm.tokenizer.encode_text(new)) if new else [])
-    return grown
+    return [list(ids) for ids in grown_ids(response, None if same_ids else pcm.tokenizer.encode_text)]
+
+
+def grown_ids(response: Sequence[Piece], encode_text: Callable[[str], Sequence[int]] | None) -> list[Sequence[int]]:
+    """`response_ids`, given the function that makes ids of a text; None where the pieces' own ids are taken."""
+    if encode_text is None:
+        return [() if piece.token_id is None or piece == END else (piece.token_id,) for piece in response]
+    return [encode_text(text) if text else () for text in grown_texts(response)]
 
 
 def complete_texts(response: Sequence[Piece]) -> list[str]:
@@ -172,18 +214,21 @@ def complete_texts(response: Sequence[Piece]) -> list[str]:
     character that is not complete yet are left out; bytes that never become one are replaced when they are known to be
     wrong.
     """
-    texts: list[str] = []
+    return [text for text in grown_texts(response) if text]
+
+
+def grown_texts(response: Sequence[Piece]) -> Iterator[str]:
+    """For each piece the text that it made whole: "" where a character is not complete yet. See `complete_texts`."""
     waiting = b""
     for piece in response:
         waiting += piece.data
-        if not waiting:
-            continue
+        text = ""
         try:
-            texts.append(waiting.decode())
+            text = waiting.decode()
             waiting = b""
         except UnicodeDecodeError as error:
             # A character has at most 4 bytes: a longer rest, or one that does not end inside a character, is broken.
             if error.reason != "unexpected end of data" or len(waiting) - error.start > 3:
-                texts.append(waiting.decode(errors="replace"))
+                text = waiting.decode(errors="replace")
                 waiting = b""
-    return texts
+        yield text

@@ -51,14 +51,12 @@ def shape_distribution(log_pi: Tensor, *, temperature: float, top_p: float) -> T
 
 def draw(log_pi: Tensor, uniform: float) -> int:
     """The candidate at which the cumulative probability passes `uniform` in [0, 1): one number, one draw."""
-    return int(draw_rows(log_pi[None], torch.tensor([uniform], dtype=torch.float64)))
+    # A number below 1 times the whole rounds to less than the whole, so a candidate with any probability is found.
+    cumulative = log_pi.double().exp().cumsum(dim=-1).numpy()
+    return int(cumulative.searchsorted(uniform * cumulative[-1], side="right"))
 
 
 def draw_rows(log_pi: Tensor, uniforms: Tensor) -> Tensor:
     """`draw` for every row: (B,) from log pi (B, C) and one number each, (B,) float64."""
     cumulative = log_pi.double().exp().cumsum(dim=-1)
-    index = torch.searchsorted(cumulative, uniforms[:, None] * cumulative[:, -1:], right=True)[:, 0]
-    # Rounding may leave the very last step short: the last candidate with any probability is meant.
-    places = torch.arange(log_pi.shape[-1], device=log_pi.device)
-    last = torch.where(log_pi > -torch.inf, places, 0).amax(dim=-1)
-    return torch.minimum(index, last)
+    return torch.searchsorted(cumulative, uniforms[:, None] * cumulative[:, -1:], right=True)[:, 0]

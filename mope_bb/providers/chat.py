@@ -31,7 +31,8 @@ from mope_bb.errors import ConfigError, LogprobsUnavailableError, MalformedRespo
 from mope_bb.providers.base import Capabilities
 from mope_bb.providers.connect import read_key, required_model, required_url
 from mope_bb.providers.dialects import CHAT, ChatDialect
-from mope_bb.providers.endpoint import Ask, TextEndpoint
+from mope_bb.providers.endpoint import Ask
+from mope_bb.providers.text_endpoint import TextEndpoint
 from mope_bb.providers.wire import PieceReader, Reply, parse_openai_logprobs, parse_usage
 from mope_bb.types import Message
 
@@ -123,7 +124,13 @@ def parse_response(data: Any, reader: PieceReader, *, expert: str, answer: str =
             expert=expert,
         )
     positions = parse_openai_logprobs(_with_lists(logprobs, hint=hint, expert=expert), reader, expert=expert)
-    return Reply(positions, prompt_tokens, has_ended)
+    return Reply(positions, prompt_tokens, has_ended, text=_new_text(choice, answer))
+
+
+def _new_text(choice: Mapping[str, Any], answer: str) -> str | None:
+    message = choice.get("message")
+    content = message.get("content") if isinstance(message, dict) else None
+    return content.removeprefix(answer) if isinstance(content, str) else None
 
 
 def _choice(data: Any, expert: str) -> Mapping[str, Any]:
@@ -191,8 +198,7 @@ class ChatExpert(TextEndpoint):
 
     async def ask_text(self, messages: Sequence[Message], answer: str, ask: Ask) -> Reply:
         reply = await self._ask_once(messages, answer, ask)
-        is_ours = ask.num_tokens == 1 and ask.temperature is None
-        if reply.positions or not is_ours or self.own_temperature == 0:
+        if reply.positions or ask.is_draft or self.own_temperature == 0:
             return reply
         # The end was drawn and is on no list. At a temperature that says little: what is the most probable piece?
         greedy = await self._ask_once(messages, answer, replace(ask, temperature=0.0))
@@ -216,7 +222,7 @@ class ChatExpert(TextEndpoint):
             model=self._model,
             extra_body=self._extra_body,
             with_ids=self._tokenizer is not None,
-            forced_id=self._forced_id if ask.num_tokens == 1 and ask.temperature is None else None,
+            forced_id=None if ask.is_draft else self._forced_id,
         )
         try:
             data = await self._client.chat(body)
@@ -261,6 +267,7 @@ def open_expert(config: ExpertConfig, cache: DistributionCache | None) -> ChatEx
         timeout_s=config.timeout_s,
         attempt_timeout_s=config.attempt_timeout_s,
         max_retries=config.max_retries,
+        max_in_flight=config.max_in_flight,
     )
     return ChatExpert(
         config.name,

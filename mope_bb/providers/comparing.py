@@ -10,7 +10,7 @@ from typing import Final
 
 from mope_bb.errors import LogprobsUnavailableError
 from mope_bb.providers.wire import Position, Reply
-from mope_bb.types import Piece
+from mope_bb.types import Piece, TokenDistribution
 
 Entries = Sequence[tuple[Piece, float | None]]
 SAME: Final = 0.05
@@ -54,6 +54,16 @@ def agree(left: Entries, right: Entries) -> bool:
             found = other.get(piece)
             # Below the other list's end a piece may be missing.
             if value is not None and (abs(found - value) if found is not None else value - lowest) > SAME:
+                return False
+    return True
+
+
+def same_list(left: TokenDistribution, right: TokenDistribution) -> bool:
+    """Whether two lists hold the same pieces with about the same values; at the ends equal values may change places."""
+    for one, other in ((left, right), (right, left)):
+        known = dict(zip(other.pieces, other.logprobs, strict=True))
+        for piece, value in zip(one.pieces, one.logprobs, strict=True):
+            if abs(known.get(piece, other.logprobs[-1]) - value) > SAME:
                 return False
     return True
 

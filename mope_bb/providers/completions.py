@@ -26,10 +26,11 @@ from mope_bb.config import ExpertConfig
 from mope_bb.errors import ConfigError, MalformedResponseError, ModelNotFoundError, MopeError
 from mope_bb.providers.connect import load_served_tokenizer, open_client, required_model, required_url
 from mope_bb.providers.dialects import COMPLETIONS, CompletionsDialect
-from mope_bb.providers.endpoint import Ask, IdEndpoint, TextEndpoint
+from mope_bb.providers.endpoint import Ask, IdEndpoint, check_all_read
+from mope_bb.providers.text_endpoint import TextEndpoint
 from mope_bb.providers.wire import PieceReader, Reply, in_order, parse_openai_logprobs, parse_usage
 from mope_bb.transport import HttpClient
-from mope_bb.types import Message
+from mope_bb.types import Message, Piece, TokenDistribution
 
 FORCE_BIAS: Final = 100.0
 """OpenAI's range of `logit_bias` ends here; it is enough, since no logit of a model is that large."""
@@ -52,6 +53,8 @@ def build_request(
         body |= {"logprobs": True, "top_logprobs": ask.top_k}
     if forced_id is not None:
         body["logit_bias"] = {str(forced_id): FORCE_BIAS}
+    if ask.is_draft and dialect.capabilities.drafts == "exact":
+        body |= dialect.nothing_filtered if ask.seed is None else {**dialect.nothing_filtered, "seed": ask.seed}
     return body
 
 
@@ -65,7 +68,9 @@ def parse_choice(choice: Mapping[str, Any], reader: PieceReader, prompt_tokens: 
     logprobs = choice.get("logprobs")
     if logprobs is None and has_ended and not choice.get("text"):
         return Reply((), prompt_tokens, has_ended=True)
-    return Reply(parse_openai_logprobs(logprobs, reader, expert=expert), prompt_tokens, has_ended)
+    positions = parse_openai_logprobs(logprobs, reader, expert=expert)
+    text = choice.get("text")
+    return Reply(positions, prompt_tokens, has_ended, text=text if isinstance(text, str) else None)
 
 
 def parse_response(
@@ -144,7 +149,7 @@ class IdCompletions(IdEndpoint):
 
     async def ask_prompts(self, prompts: Sequence[tuple[int, ...]], ask: Ask) -> list[Reply | MopeError]:
         tokenizer = await self.tokenizer()
-        forced = self._dialect.forces_token and ask.num_tokens == 1 and ask.temperature is None
+        forced = self._dialect.forces_token and not ask.is_draft
         body = build_request(
             prompts,
             ask,
@@ -159,6 +164,30 @@ class IdCompletions(IdEndpoint):
             expert=self.name,
             num_tokens=sum(map(len, prompts)),
         )
+
+    async def score_ids(self, ids: tuple[int, ...], draft: Sequence[Piece], top_k: int) -> Sequence[TokenDistribution]:
+        if self.capabilities.score != "echo" or not draft:
+            return await super().score_ids(ids, draft, top_k)
+        drafted = self.prefixes((), draft)[-1]
+        body = build_request(
+            [(*ids, *drafted)],
+            Ask(await self.num_asked(top_k)),
+            dialect=self._dialect,
+            model=await self._model_name(),
+            forced_id=None,
+        )
+        # The last tokens of the prompt come back as if they had been drawn, each with the list that it stood on.
+        data = await self._client.post_json("/completions", body | {"echo_last": len(drafted)})
+        (reply,) = parse_response(data, PieceReader(await self.tokenizer()), 1, expert=self.name)
+        if isinstance(reply, MopeError):
+            raise reply
+        check_all_read(reply, len(ids) + len(drafted), expert=self.name)
+        echoed = [position.drawn and position.drawn.token_id for position in reply.positions[:-1]]
+        if echoed != list(drafted):
+            raise MalformedResponseError(
+                f"{len(drafted)} tokens of the prompt were to be echoed, and {echoed} came", expert=self.name
+            )
+        return await self.build_lists(reply.positions, top_k)
 
     async def _model_name(self) -> str:
         if self._dialect.tells_tokenizer:

@@ -15,9 +15,9 @@ from mope_bb.transport import HttpClient
 
 
 def required_url(config: ExpertConfig, default: str | None = None) -> str:
-    """The address without a slash at its end. Raises ConfigError where there is none."""
-    url = config.base_url or default
-    if url is None:
+    """The address, of several the first, without a slash at its end. Raises ConfigError where there is none."""
+    url = next(iter(config.addresses), default)
+    if not url:
         raise ConfigError(f"expert {config.name!r}: `base_url` is missing", hint='Expected "http://host:port".')
     return url.rstrip("/")
 
@@ -40,7 +40,7 @@ def read_key(config: ExpertConfig) -> str | None:
 
 
 def open_client(config: ExpertConfig, base_url: str, *, key_header: str | None = None) -> HttpClient:
-    """A client for `base_url` with the expert's key and deadlines. Raises ConfigError or AuthenticationError."""
+    """A client for `base_url` with the expert's key and limits. Raises ConfigError or AuthenticationError."""
     return HttpClient(
         base_url,
         provider=config.provider,
@@ -50,6 +50,7 @@ def open_client(config: ExpertConfig, base_url: str, *, key_header: str | None =
         timeout_s=config.timeout_s,
         attempt_timeout_s=config.attempt_timeout_s,
         max_retries=config.max_retries,
+        max_in_flight=config.max_in_flight,
     )
 
 
@@ -65,20 +66,18 @@ async def load_served_tokenizer(path: str, *, expert: str) -> ChatTokenizer:
 
 
 def connection_warnings(config: ExpertConfig) -> list[str]:
-    """What is unwise about how this endpoint is reached: a key over plain HTTP, a secret in the address."""
-    if config.base_url is None:
-        return []
+    """What is unwise about how these addresses are reached: a key over plain HTTP, a secret in the address."""
     found = []
-    url = httpx.URL(config.base_url)
-    if config.api_key_env and url.scheme == "http" and not _is_local(url.host):
-        found.append(f"The key in {config.api_key_env} travels unencrypted: use https for {url.host}.")
-    if url.userinfo or url.query:
-        found.append(
-            "`base_url` holds a user name or a query: name the variable with the key in `api_key_env` instead."
-        )
-    if url.path.rstrip("/").endswith("/completions"):
-        found.append("`base_url` ends with a route: leave /completions or /chat/completions out.")
-    return found
+    for url in map(httpx.URL, config.addresses):
+        if config.api_key_env and url.scheme == "http" and not _is_local(url.host):
+            found.append(f"The key in {config.api_key_env} travels unencrypted: use https for {url.host}.")
+        if url.userinfo or url.query:
+            found.append(
+                "`base_url` holds a user name or a query: name the variable with the key in `api_key_env` instead."
+            )
+        if url.path.rstrip("/").endswith("/completions"):
+            found.append("`base_url` ends with a route: leave /completions or /chat/completions out.")
+    return list(dict.fromkeys(found))
 
 
 def _is_local(host: str) -> bool:

@@ -34,6 +34,9 @@ class CompletionsDialect(Dialect):
 
     logprobs: Literal["number", "switch"] = "number"
     """`logprobs: k`, or `logprobs: true` with `top_logprobs: k`."""
+    nothing_filtered: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of a draft that switch off all that stands between the model and what is drawn: servers take defaults for
+    them from the model's generation_config."""
     takes_lists: bool = False
     """Several prompts in one request."""
     tells_tokenizer: bool = False
@@ -65,7 +68,7 @@ class ChatDialect(Dialect):
 
 COMPLETIONS: Final[Mapping[str, CompletionsDialect]] = {
     "vllm": CompletionsDialect(
-        Capabilities(score="prefixes", logprob_noise=1e-4),
+        Capabilities(score="prefixes", logprob_noise=1e-4, drafts="exact"),
         source="R vLLM 0.32 on CPU; S vLLM 0.33",
         extra={
             # Without it the list is keyed by text, and tokens of equal text fall together.
@@ -73,29 +76,44 @@ COMPLETIONS: Final[Mapping[str, CompletionsDialect]] = {
             "add_special_tokens": False,
             "skip_special_tokens": False,
         },
+        nothing_filtered={
+            "top_k": -1,
+            "top_p": 1.0,
+            "min_p": 0.0,
+            "repetition_penalty": 1.0,
+            "presence_penalty": 0.0,
+            "frequency_penalty": 0.0,
+        },
         takes_lists=True,
         tells_tokenizer=True,
     ),
     "sglang-completions": CompletionsDialect(
-        Capabilities(logprob_scale="scaled", ids_out=False, byte_exact=False, score="echo", logprob_noise=1e-2),
+        Capabilities(
+            logprob_scale="scaled",
+            ids_out=False,
+            byte_exact=False,
+            score="prefixes",
+            logprob_noise=1e-2,
+            drafts="lists",
+        ),
         source="S SGLang 0.5.23: 0 is computed as 1; keys are text, parts of characters as latin-1; prefer `sglang`",
         takes_lists=True,
         tells_tokenizer=True,
     ),
     "llamacpp-completions": CompletionsDialect(
-        Capabilities(score="prefixes", logprob_noise=0.02),
+        Capabilities(logprob_noise=0.02, drafts="lists"),
         source="R llama.cpp 2026.10: answers in the chat shape, with ids and bytes; prefer `llamacpp`",
         temperature=1.0,
         takes_lists=False,
         forces_token=True,
     ),
     "tensorrt-llm": CompletionsDialect(
-        Capabilities(ids_out=False, byte_exact=False, logprob_scale="unknown"),
+        Capabilities(ids_out=False, byte_exact=False, logprob_scale="unknown", drafts="lists"),
         source="S trtllm-serve: unknown fields are refused; more than one logprob with the PyTorch backend only",
         takes_lists=True,
     ),
     "fireworks": CompletionsDialect(
-        Capabilities(max_top_k=5, score="echo"),
+        Capabilities(max_top_k=5, score="echo", drafts="lists"),
         source="S fireworks-ai 1.2.30",
         base_url="https://api.fireworks.ai/inference/v1",
         extra={"context_length_exceeded_behavior": "error"},
@@ -104,37 +122,52 @@ COMPLETIONS: Final[Mapping[str, CompletionsDialect]] = {
     ),
     "together": CompletionsDialect(
         Capabilities(
-            max_top_k=20, prefill="text", logprob_scale="unknown", ids_in=False, ids_out=False, byte_exact=False
+            max_top_k=20,
+            prefill="text",
+            logprob_scale="unknown",
+            ids_in=False,
+            ids_out=False,
+            byte_exact=False,
+            drafts="lists",
         ),
         source="S together 3.1.1: both shapes of logprobs are live",
         base_url="https://api.together.ai/v1",
     ),
     "deepseek-completions": CompletionsDialect(
         Capabilities(
-            max_top_k=20, prefill="text", logprob_scale="scaled", ids_in=False, ids_out=False, byte_exact=False
+            max_top_k=20,
+            prefill="text",
+            logprob_scale="scaled",
+            ids_in=False,
+            ids_out=False,
+            byte_exact=False,
+            drafts="lists",
         ),
         source="D api-docs.deepseek.com (FIM, beta); I logprobs after temperature, so 1 is sent",
         base_url="https://api.deepseek.com/beta",
         temperature=1.0,
     ),
     "completions": CompletionsDialect(
-        Capabilities(prefill="text", logprob_scale="unknown", ids_in=False, ids_out=False, byte_exact=False),
+        Capabilities(
+            prefill="text", logprob_scale="unknown", ids_in=False, ids_out=False, byte_exact=False, drafts="lists"
+        ),
         source="U any other server with OpenAI's text completions",
     ),
 }
 
 NATIVE: Final[Mapping[str, Dialect]] = {
     "llamacpp": Dialect(
-        Capabilities(score="forced", logprob_noise=0.02),
+        Capabilities(score="forced", logprob_noise=0.02, drafts="exact"),
         source="R llama.cpp 2026.10",
         temperature=1.0,
     ),
     "sglang": Dialect(
-        Capabilities(logprob_scale="scaled", score="start_len", logprob_noise=1e-2),
+        Capabilities(logprob_scale="scaled", score="start_len", logprob_noise=1e-2, drafts="exact"),
         source="S SGLang 0.5.23: logprobs follow the temperature, but 0 is computed as 1",
     ),
     "vllm-generate": Dialect(
-        Capabilities(logprob_noise=1e-4),
+        # The drawn piece stands on its list in the place of the last one: only a greedy draft leaves lists as they are.
+        Capabilities(logprob_noise=1e-4, drafts="lists"),
         source="R vLLM 0.32 on CPU; S vLLM 0.33: for servers started with --enable-scale-out",
     ),
     "ollama": Dialect(
@@ -146,11 +179,12 @@ NATIVE: Final[Mapping[str, Dialect]] = {
             byte_exact=False,
             eos_visible=False,
             logprob_noise=0.02,
+            drafts="lists",
         ),
         source="S Ollama 0.33: llama.cpp's logprobs without ids, bytes and the end; prefer `llamacpp`",
     ),
     "tgi": Dialect(
-        Capabilities(prefill="text", logprob_scale="scaled", ids_in=False, logprob_noise=1e-2),
+        Capabilities(prefill="text", logprob_scale="scaled", ids_in=False, logprob_noise=1e-2, drafts="lists"),
         source="S TGI 3: lists of at most `--max-top-n-tokens`, 5 by default; no longer developed",
     ),
     "gemini": Dialect(
@@ -169,9 +203,15 @@ NATIVE: Final[Mapping[str, Dialect]] = {
 }
 
 _CHAT: Final = Capabilities(
-    prefill="messages", logprob_scale="unknown", ids_in=False, ids_out=False, byte_exact=True, eos_visible=True
+    prefill="messages",
+    logprob_scale="unknown",
+    ids_in=False,
+    ids_out=False,
+    byte_exact=True,
+    eos_visible=True,
+    drafts="lists",
 )
-_OPENAI: Final = replace(_CHAT, max_top_k=20, prefill="none")
+_OPENAI: Final = replace(_CHAT, max_top_k=20, prefill="none", drafts="none")
 _OPENAI_HINT: Final = (
     'Models from gpt-5.1 on give logprobs only where they do not reason: set extra_body = {reasoning_effort = "none"}. '
     "gpt-5 and the o-series give none."

@@ -1,40 +1,32 @@
-"""Experts behind HTTP: what those that take token ids have in common, and those that take text.
+"""Experts behind HTTP: what all have in common, and those that take token ids; text is taken in `text_endpoint`.
 
 An adapter says how one request is sent (`ask_prompts` or `ask_text`) and gets back what the wire said, a `Reply`. From
-there on all are alike: lists are coalesced, cached, checked, and made into distributions.
+there on all are alike: lists are coalesced, cached, checked, and made into distributions and drafts.
 """
 
 from __future__ import annotations
 
 import asyncio
-import re
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Final, Protocol
+from dataclasses import dataclass, replace
+from typing import Protocol
 
-import orjson
-
-from mope_bb.cache import DistributionCache, distribution_key
-from mope_bb.chat_tokenizer import ChatTokenizer, as_openai, refuse_control_token
+from mope_bb.cache import DistributionCache
+from mope_bb.chat_tokenizer import ChatTokenizer
 from mope_bb.coalescing import Coalescer
 from mope_bb.errors import (
-    AlignmentError,
     ConfigError,
     ContextLengthError,
     LogprobsUnavailableError,
     MopeError,
-    PrefillError,
     RequestError,
 )
-from mope_bb.providers.base import Capabilities, Expert, IdExpert, build_distribution, with_system
-from mope_bb.providers.wire import Reply
-from mope_bb.types import END, Context, Message, Piece, TokenDistribution
+from mope_bb.providers.base import Capabilities, Expert, IdExpert, build_distribution
+from mope_bb.providers.drafting import build_step, build_steps, certain_positions, undrawn_entries, whole_entries
+from mope_bb.providers.wire import Position, Reply
+from mope_bb.types import END, Context, DraftStep, Message, Piece, TokenDistribution
 
-_LOOKS_LIKE_CONTROL: Final = re.compile(
-    r"<\|[^|<>\s]{1,40}\|>|</?s>|<(start|end)_of_(turn|utterance)>|<(eos|bos)>|\[/?INST\]"
-)
-"""Control tokens of the common model families: without a tokenizer the model's own are not known."""
 Question = tuple[tuple[int, ...], int]
 """The ids of a prompt with the answer so far, and k."""
 
@@ -48,6 +40,13 @@ class Ask:
     """How far the endpoint goes on by itself."""
     temperature: float | None = None
     """Of what the endpoint draws; None = the one at which it returns the model's own logprobs."""
+    seed: int | None = None
+    """Of what the endpoint draws, where it takes one."""
+
+    @property
+    def is_draft(self) -> bool:
+        """What the endpoint draws matters, and not the first list alone."""
+        return self.num_tokens > 1 or self.temperature is not None
 
 
 class Connection(Protocol):
@@ -67,6 +66,8 @@ class WireExpert(Expert):
     _client: Connection
     own_temperature: float = 0.0
     """What is sent where `Ask.temperature` is None."""
+    whole_characters: bool = False
+    """See `build_from_reply`."""
 
     @property
     def num_requests(self) -> int:
@@ -82,6 +83,53 @@ class WireExpert(Expert):
     async def observe_together(self, contexts: Sequence[Context], ask: Ask) -> list[Reply]:
         """One request for several questions, where the endpoint takes lists."""
         return [await self.observe(context, ask) for context in contexts]
+
+    def draft_temperature(self, wanted: float) -> float:
+        capabilities = self.capabilities
+        if capabilities.drafts == "lists":
+            # Only its lists are used: the most probable path is the one that an answer follows most often.
+            return 0.0 if capabilities.logprob_scale == "raw" else self.own_temperature
+        if capabilities.logprob_scale == "raw":
+            return wanted
+        return min((self.own_temperature, 1.0), key=lambda temperature: abs(temperature - wanted))
+
+    async def draft(
+        self, context: Context, *, top_k: int, num_tokens: int, temperature: float = 1.0, seed: int | None = None
+    ) -> tuple[DraftStep, ...]:
+        num_asked = await self.num_asked(top_k)
+        ask = Ask(num_asked, num_tokens, temperature, seed)
+        try:
+            reply = await self.write(context, ask)
+        except ContextLengthError:
+            if num_tokens == 1:
+                raise
+            # One token may fit where more do not. They were refused before any was drawn, so this chooses nothing.
+            reply = await self.write(context, replace(ask, num_tokens=1))
+        is_exact = self.capabilities.drafts == "exact"
+        steps = build_steps(
+            reply.positions if is_exact else certain_positions(reply, whole_characters=self.whole_characters),
+            num_asked=num_asked,
+            top_k=min(top_k, num_asked),
+            temperature=temperature,
+            vocab_size=await self.vocab_size(),
+            expert=self.name,
+        )
+        if steps:
+            return steps
+        if is_exact:
+            raise LogprobsUnavailableError("the endpoint wrote ahead without logprobs", expert=self.name)
+        # The wire shows nothing of the first piece, as it may at the end of an answer: the list must do.
+        found = await self.next_tokens(context, top_k=top_k)
+        entries = tuple(zip(found.pieces, found.logprobs, strict=True))
+        return (build_step(Position(entries), entries, found, temperature),)
+
+    async def write(self, context: Context, ask: Ask) -> Reply:
+        """What the endpoint writes by itself, with all that can be known of it."""
+        return await self.observe(context, ask)
+
+    async def num_asked(self, top_k: int) -> int:
+        """How many entries are asked for, so that `top_k` pieces remain."""
+        return min(top_k, self.capabilities.max_top_k or top_k)
 
     async def served_models(self) -> list[str] | None:
         """The names that the endpoint lists; None where it has no list."""
@@ -142,11 +190,50 @@ class IdEndpoint(IdExpert, WireExpert):
         """Several end tokens join in one piece: as many more entries must be asked for, so that k pieces remain."""
         return len((await self.tokenizer()).end_ids)
 
+    async def num_asked(self, top_k: int) -> int:
+        return await super().num_asked(top_k + max(0, await self.num_end_ids() - 1))
+
     async def vocab_size(self) -> int | None:
         return len((await self.tokenizer()).pieces)
 
     async def ask(self, ids: tuple[int, ...], top_k: int) -> TokenDistribution:
         return await self._questions.ask((ids, top_k))
+
+    async def draft(
+        self, context: Context, *, top_k: int, num_tokens: int, temperature: float = 1.0, seed: int | None = None
+    ) -> tuple[DraftStep, ...]:
+        steps = await super().draft(context, top_k=top_k, num_tokens=num_tokens, temperature=temperature, seed=seed)
+        await self.remember(context, steps, top_k)
+        return steps
+
+    async def write(self, context: Context, ask: Ask) -> Reply:
+        reply = await super().write(context, ask)
+        check_all_read(reply, len(await self.ids_of(context)), expert=self.name)
+        return reply
+
+    async def score_ids(self, ids: tuple[int, ...], draft: Sequence[Piece], top_k: int) -> Sequence[TokenDistribution]:
+        if self.capabilities.score != "prefixes":
+            return await super().score_ids(ids, draft, top_k)
+        found = []
+        for answer in await self._ask_together([(prefix, top_k) for prefix in self.prefixes(ids, draft)]):
+            if isinstance(answer, Exception):
+                raise answer
+            found.append(answer)
+        return found
+
+    async def build_lists(self, positions: Sequence[Position], top_k: int) -> list[TokenDistribution]:
+        """The distributions at the positions of a draft that was scored."""
+        num_asked, vocab_size = await self.num_asked(top_k), await self.vocab_size()
+        return [
+            build_distribution(
+                undrawn_entries(position, num_asked),
+                top_k=top_k,
+                end_ids=(END.token_id,),
+                vocab_size=vocab_size,
+                expert=self.name,
+            )
+            for position in positions
+        ]
 
     async def observe(self, context: Context, ask: Ask) -> Reply:
         return (await self.observe_together([context], ask))[0]
@@ -161,13 +248,10 @@ class IdEndpoint(IdExpert, WireExpert):
 
     async def _ask_together(self, questions: Sequence[Question]) -> list[TokenDistribution | Exception]:
         """Several questions in one request. One that the server refuses does not cost the others."""
-        top_k = max(top_k for _, top_k in questions) + max(0, await self.num_end_ids() - 1)
-        limit = self.capabilities.max_top_k
+        num_asked = await self.num_asked(max(top_k for _, top_k in questions))
         vocab_size = await self.vocab_size()
         try:
-            replies = await self.ask_prompts(
-                [ids for ids, _ in questions], Ask(top_k if limit is None else min(top_k, limit))
-            )
+            replies = await self.ask_prompts([ids for ids, _ in questions], Ask(num_asked))
         except RequestError as error:
             if len(questions) == 1:
                 return [error]
@@ -197,101 +281,6 @@ class IdEndpoint(IdExpert, WireExpert):
         await super().aclose()
 
 
-class TextEndpoint(WireExpert):
-    """An endpoint that takes messages or text: the answer so far is tokenized anew by the server at every question.
-
-    Without a tokenizer pieces are known by their bytes, and only experts of one model can be merged.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        *,
-        capabilities: Capabilities,
-        identity: tuple[str, ...],
-        tokenizer: ChatTokenizer | None = None,
-        system: str | None = None,
-        cache: DistributionCache | None = None,
-    ) -> None:
-        self.name = name
-        self.capabilities = capabilities
-        self._identity = identity
-        self._tokenizer = tokenizer
-        self._system = system
-        self._cache = cache
-
-    @abstractmethod
-    async def ask_text(self, messages: Sequence[Message], answer: str, ask: Ask) -> Reply:
-        """One request; `messages` have the expert's own system prompt. Raises ProviderError."""
-
-    async def next_tokens(self, context: Context, *, top_k: int) -> TokenDistribution:
-        messages, answer = self._prompt(context)
-        if self._cache is None:
-            return await self._ask(messages, answer, top_k)
-        document = orjson.dumps([[as_openai(message) for message in messages], answer]).decode()
-        key = distribution_key(self._identity, document, top_k)
-        found = await self._cache.get(key)
-        if found is None:
-            found = await self._ask(messages, answer, top_k)
-            await self._cache.put(key, found)
-        return found
-
-    async def observe(self, context: Context, ask: Ask) -> Reply:
-        messages, answer = self._prompt(context)
-        return await self.ask_text(messages, answer, ask)
-
-    def render(self, messages: Sequence[Message], answer: str) -> str:
-        """The template as text with the answer so far, without the BOS that servers put before a text themselves."""
-        assert self._tokenizer is not None
-        rendered = self._tokenizer.render_chat(messages, expert=self.name)
-        return rendered.removeprefix(self._tokenizer.bos_text) + answer
-
-    def _prompt(self, context: Context) -> tuple[tuple[Message, ...], str]:
-        answer = self._text_of(context.response)
-        for message in context.messages:
-            refuse_control_token(self._control_token_in(message.content), expert=self.name)
-        if context.response and self.capabilities.prefill == "none":
-            raise PrefillError("this endpoint answers from the beginning and continues nothing", expert=self.name)
-        return with_system(context.messages, self._system), answer
-
-    def _control_token_in(self, text: str) -> str | None:
-        if self._tokenizer is not None:
-            return self._tokenizer.control_token_in(text)
-        found = _LOOKS_LIKE_CONTROL.search(text)
-        return None if found is None else found[0]
-
-    def _text_of(self, response: Sequence[Piece]) -> str:
-        data = b"".join(piece.data for piece in response)
-        try:
-            return data.decode()
-        except UnicodeDecodeError:
-            raise AlignmentError(
-                f"the answer so far ends with {data[-4:]!r}, inside a character, which expert {self.name!r} cannot "
-                "continue: its endpoint takes text",
-                hint="Merge it with experts that take text as well, or serve it where token ids are taken.",
-            ) from None
-
-    async def vocab_size(self) -> int | None:
-        return None if self._tokenizer is None else len(self._tokenizer.pieces)
-
-    async def _ask(self, messages: Sequence[Message], answer: str, top_k: int) -> TokenDistribution:
-        # A drawn piece that stands below the list must not lengthen it: what lies between is missing.
-        top_k = min(top_k, self.capabilities.max_top_k or top_k)
-        reply = await self.ask_text(messages, answer, Ask(top_k))
-        return build_from_reply(
-            reply,
-            num_ids=None,
-            top_k=top_k,
-            vocab_size=await self.vocab_size(),
-            expert=self.name,
-            whole_characters=True,
-        )
-
-    async def fingerprint(self) -> str:
-        # Without a tokenizer nothing is known of it, but one model has one tokenizer.
-        return "\n".join(self._identity) if self._tokenizer is None else self._tokenizer.fingerprint
-
-
 def build_from_reply(
     reply: Reply,
     *,
@@ -307,8 +296,8 @@ def build_from_reply(
     not continue. Raises ContextLengthError where the server read another number of tokens, and what
     `build_distribution` raises.
     """
-    if num_ids is not None and reply.prompt_tokens not in (None, num_ids):
-        raise ContextLengthError(f"the server read {reply.prompt_tokens} of {num_ids} tokens", expert=expert)
+    if num_ids is not None:
+        check_all_read(reply, num_ids, expert=expert)
     if not reply.positions:
         if reply.has_ended:
             return TokenDistribution((END,), (0.0,), vocab_size, is_guess=True)
@@ -320,13 +309,11 @@ def build_from_reply(
     if drawn is not None and position.drawn_logprob is not None and all(drawn.key != one.key for one, _ in entries):
         entries = (*entries, (drawn, position.drawn_logprob))
     if whole_characters:
-        entries = tuple(entry for entry in entries if entry[0] == END or is_whole_text(entry[0].data))
+        entries = whole_entries(entries)
     return build_distribution(entries, top_k=top_k, end_ids=(END.token_id,), vocab_size=vocab_size, expert=expert)
 
 
-def is_whole_text(data: bytes) -> bool:
-    """Whether these bytes are text of whole characters, and not nothing."""
-    try:
-        return bool(data.decode())
-    except UnicodeDecodeError:
-        return False
+def check_all_read(reply: Reply, num_ids: int, *, expert: str) -> None:
+    """Raise ContextLengthError where the server read another number of tokens than were sent."""
+    if reply.prompt_tokens not in (None, num_ids):
+        raise ContextLengthError(f"the server read {reply.prompt_tokens} of {num_ids} tokens", expert=expert)

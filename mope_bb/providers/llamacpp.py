@@ -7,12 +7,17 @@ Pitfalls that are handled here (each has a test):
 - The end of the answer has no text; only its id tells. A model may have several end tokens.
 - A prompt that was cut silently (`truncated`, or fewer tokens evaluated than sent) is an error.
 - Zero probability is written as -3.4e38.
+- A draft has no list where it ends inside a character, but `tokens` tells what was drawn there: that list is asked for.
+- What ends a draft early must not depend on what is drawn, so none is asked for that does not fit into the context.
+- A draft is scored by forcing it with a grammar. One that forbids everything ends the request, and with some samplers
+  the whole server: pieces that are not whole characters are never forced.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 from mope_bb.cache import DistributionCache
@@ -24,96 +29,33 @@ from mope_bb.chat_tokenizer import (
     refuse_control_token,
 )
 from mope_bb.config import ExpertConfig
-from mope_bb.errors import ContextLengthError, LogprobsUnavailableError, MalformedResponseError, MopeError
+from mope_bb.errors import (
+    ContextLengthError,
+    LogprobsUnavailableError,
+    MalformedResponseError,
+    MopeError,
+    RequestError,
+)
+from mope_bb.providers.comparing import first_position
 from mope_bb.providers.connect import open_client, required_url
 from mope_bb.providers.dialects import NATIVE
-from mope_bb.providers.endpoint import Ask, IdEndpoint, build_from_reply
-from mope_bb.providers.wire import END_TOKENS, PieceReader, Position, Reply, build_position, checked_logprob
+from mope_bb.providers.endpoint import Ask, IdEndpoint, check_all_read
+from mope_bb.providers.llamacpp_wire import (
+    build_own_request,
+    build_request,
+    build_score_request,
+    can_be_forced,
+    parse_draft,
+    parse_reply,
+    split_response,
+)
+from mope_bb.providers.wire import END_TOKENS, PieceReader, Reply
 from mope_bb.transport import HttpClient
-from mope_bb.types import Message, Piece, TokenDistribution
+from mope_bb.types import Context, Message, Piece, TokenDistribution
 
 CAPABILITIES: Final = NATIVE["llamacpp"].capabilities
-FORCE_BIAS: Final = 1000.0
 MAX_LISTS: Final = 1
 """Requests with several prompts at a time: with more the lists become short, which costs more than the wait."""
-
-
-def build_request(prompts: Sequence[Sequence[int]], *, top_k: int, forced_id: int) -> dict[str, Any]:
-    """The body of one next-token question, or of several at once."""
-    return {
-        "prompt": list(prompts[0]) if len(prompts) == 1 else [list(ids) for ids in prompts],
-        "n_predict": 1,
-        "n_probs": top_k,
-        "temperature": 1.0,
-        "logit_bias": [[forced_id, FORCE_BIAS]],
-        "post_sampling_probs": False,
-        "cache_prompt": True,
-        "stream": False,
-        "return_tokens": True,
-    }
-
-
-def build_own_request(prompts: Sequence[Sequence[int]], ask: Ask) -> dict[str, Any]:
-    """The same where the engine draws the tokens itself: nothing is forced, and `ask.num_tokens` are drawn."""
-    body = build_request(prompts, top_k=ask.top_k, forced_id=0)
-    return body | {"n_predict": ask.num_tokens, "temperature": ask.temperature or 0.0, "logit_bias": []}
-
-
-def parse_reply(data: Any, reader: PieceReader, *, num_ids: int, expert: str) -> Reply:
-    """A reply of `/completion`. Raises a ProviderError."""
-    if not isinstance(data, dict):
-        raise MalformedResponseError(f"the reply is {type(data).__name__}, expected an object", expert=expert)
-    if data.get("truncated"):
-        raise ContextLengthError(
-            f"the server read {data.get('tokens_evaluated')} of {num_ids} tokens and cut the rest", expert=expert
-        )
-    try:
-        positions = tuple(_parse_position(one, reader) for one in data.get("completion_probabilities") or ())
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-        raise MalformedResponseError(
-            f"`completion_probabilities` is not as llama.cpp writes it: {error!r}", expert=expert
-        ) from None
-    return Reply(positions, data.get("tokens_evaluated"), has_ended=data.get("stop_type") == "eos")
-
-
-def parse_response(
-    data: Any, *, num_ids: int, top_k: int, end_ids: Collection[int], vocab_size: int | None, expert: str
-) -> TokenDistribution:
-    """The distribution in a reply of `/completion`. Raises a ProviderError."""
-    reply = parse_reply(data, PieceReader(None, end_ids=end_ids), num_ids=num_ids, expert=expert)
-    if not reply.positions:
-        raise LogprobsUnavailableError("the server answered without logprobs (`n_probs` was ignored)", expert=expert)
-    return build_from_reply(reply, num_ids=num_ids, top_k=top_k, vocab_size=vocab_size, expert=expert)
-
-
-def split_response(data: Any, num_prompts: int, *, expert: str) -> list[Any]:
-    """The replies to several questions in their order. Raises MalformedResponseError."""
-    if num_prompts == 1:
-        return [data]
-    try:
-        found = {reply["index"]: reply for reply in data}
-        return [found[index] for index in range(num_prompts)]
-    except (KeyError, TypeError):
-        count = f"{len(data)} replies" if isinstance(data, list) else type(data).__name__
-        raise MalformedResponseError(
-            f"a list of {num_prompts} prompts was answered by {count}, expected one for each", expert=expert
-        ) from None
-
-
-def _parse_position(position: Mapping[str, Any], reader: PieceReader) -> Position:
-    entries = [_parse_entry(entry, reader) for entry in position["top_logprobs"]]
-    # Without its logprob: it may be the token that we forced, which says nothing about the list.
-    drawn = _parse_entry(position, reader)[0] if "id" in position else None
-    return build_position(entries, (drawn, None), has_ids=True)
-
-
-def _parse_entry(entry: Mapping[str, Any], reader: PieceReader) -> tuple[Piece, float | None]:
-    token_id, data = entry["id"], entry["bytes"]
-    if type(token_id) is not int or not isinstance(data, list):
-        raise ValueError(f"id {token_id!r}, bytes {data!r}")
-    piece = reader.read(None, data=bytes(data), token_id=token_id)
-    assert piece is not None  # it has an id
-    return piece, checked_logprob(entry["logprob"])
 
 
 class LlamaCppExpert(IdEndpoint):
@@ -131,8 +73,11 @@ class LlamaCppExpert(IdEndpoint):
         self._model = model
         self._engine_lock = asyncio.Lock()
         self._end_ids: frozenset[int] | None = None
+        self._known_reader: PieceReader | None = None
         self._forced_id = 0
         self._vocab_size: int | None = None
+        self._context_length: int | None = None
+        self._can_force = True
 
     async def encode_prompt(self, messages: Sequence[Message]) -> tuple[int, ...]:
         if self._known_tokenizer is not None:
@@ -173,22 +118,63 @@ class LlamaCppExpert(IdEndpoint):
         return self._vocab_size
 
     async def ask_prompts(self, prompts: Sequence[tuple[int, ...]], ask: Ask) -> list[Reply | MopeError]:
-        reader = PieceReader(self._known_tokenizer, end_ids=await self._set_up())
-        if ask.num_tokens == 1 and ask.temperature is None:
-            body = build_request(prompts, top_k=ask.top_k, forced_id=self._forced_id)
+        reader = await self._reader()
+        if ask.is_draft:
+            body, parse = build_own_request(prompts, ask), parse_draft
         else:
-            body = build_own_request(prompts, ask)
-        if self._model is not None:
-            body["model"] = self._model
-        data = await self._client.post_json("/completion", body)
-        replies = split_response(data, len(prompts), expert=self.name)
-        return [self._parse(reply, reader, len(ids)) for reply, ids in zip(replies, prompts, strict=True)]
+            body, parse = build_request(prompts, top_k=ask.top_k, forced_id=self._forced_id), parse_reply
+        replies = split_response(await self._complete(body), len(prompts), expert=self.name)
+        found: list[Reply | MopeError] = []
+        for reply, ids in zip(replies, prompts, strict=True):
+            try:
+                found.append(parse(reply, reader, num_ids=len(ids), expert=self.name))
+            except MopeError as error:
+                found.append(error)
+        return found
 
-    def _parse(self, reply: Any, reader: PieceReader, num_ids: int) -> Reply | MopeError:
+    async def write(self, context: Context, ask: Ask) -> Reply:
+        await self._set_up()
+        if self._context_length is not None:
+            room = self._context_length - 1 - len(await self.ids_of(context))
+            ask = replace(ask, num_tokens=max(1, min(ask.num_tokens, room)))
+        reply = await super().write(context, ask)
+        if reply.unlisted is None:
+            return reply
+        drawn = [position.drawn for position in reply.positions if position.drawn is not None]
+        here = first_position(await self.observe(context.extended(*drawn), Ask(ask.top_k)))
+        same = [entry for entry in here.entries if entry[0].token_id == reply.unlisted.token_id]
+        piece, value = same[0] if same else (reply.unlisted, None)
+        return replace(reply, positions=(*reply.positions, replace(here, drawn=piece, drawn_logprob=value)))
+
+    async def score_ids(self, ids: tuple[int, ...], draft: Sequence[Piece], top_k: int) -> Sequence[TokenDistribution]:
+        reader = await self._reader()
+        forced = (*self.prefixes((), draft)[-1], self._forced_id)
+        fits = self._context_length is None or len(ids) + len(forced) < self._context_length
+        if not (draft and self._can_force and fits and all(can_be_forced(piece) for piece in draft)):
+            return await super().score_ids(ids, draft, top_k)
+        body = build_score_request(ids, forced, top_k=await self.num_asked(top_k))
         try:
-            return parse_reply(reply, reader, num_ids=num_ids, expert=self.name)
-        except MopeError as error:
-            return error
+            reply = parse_reply(await self._complete(body), reader, num_ids=len(ids), expert=self.name)
+        except ContextLengthError:
+            raise
+        except RequestError:
+            # A server from before grammars had tokens: it is asked for a list of prefixes.
+            self._can_force = False
+            return await super().score_ids(ids, draft, top_k)
+        check_all_read(reply, len(ids), expert=self.name)
+        if [position.drawn and position.drawn.token_id for position in reply.positions] != list(forced):
+            raise MalformedResponseError("the server did not generate what its grammar forces", expert=self.name)
+        return await self.build_lists(reply.positions, top_k)
+
+    async def _reader(self) -> PieceReader:
+        if self._known_reader is None:
+            self._known_reader = PieceReader(self._known_tokenizer, end_ids=await self._set_up())
+        return self._known_reader
+
+    async def _complete(self, body: dict[str, Any]) -> Any:
+        return await self._client.post_json(
+            "/completion", body if self._model is None else body | {"model": self._model}
+        )
 
     async def served_models(self) -> list[str] | None:
         data = await self._client.get_json("/v1/models")
@@ -198,12 +184,14 @@ class LlamaCppExpert(IdEndpoint):
             return None
 
     async def _set_up(self) -> frozenset[int]:
-        """Learn the end tokens, a harmless token and the vocabulary's size, once."""
+        """Learn the end tokens, a harmless token and the sizes of vocabulary and context, once."""
         async with self._engine_lock:
             if self._end_ids is None:
                 self._forced_id = (await self._tokenize("a", parse_special=False))[-1]
                 self._vocab_size = await self._ask_vocab_size()
-                self._end_ids = await self._ask_end_ids()
+                props = await self._client.get_json("/props")
+                self._context_length = _context_length(props)
+                self._end_ids = await self._find_end_ids(props)
             return self._end_ids
 
     async def _ask_vocab_size(self) -> int | None:
@@ -214,10 +202,9 @@ class LlamaCppExpert(IdEndpoint):
             return None
         return size if isinstance(size, int) else None
 
-    async def _ask_end_ids(self) -> frozenset[int]:
+    async def _find_end_ids(self, props: Any) -> frozenset[int]:
         if self._known_tokenizer is not None:
             return self._known_tokenizer.end_ids
-        props = await self._client.get_json("/props")
         eos = props.get("eos_token") if isinstance(props, dict) else None
         names = dict.fromkeys([*([eos] if isinstance(eos, str) and eos else []), *END_TOKENS])
         encoded = await asyncio.gather(*(self._tokenize(name, parse_special=True) for name in names))
@@ -237,6 +224,15 @@ class LlamaCppExpert(IdEndpoint):
             return self._known_tokenizer.fingerprint
         encodings = await asyncio.gather(*(self._tokenize(text, parse_special=False) for text in FINGERPRINT_TEXTS))
         return fingerprint_of(encodings)
+
+
+def _context_length(props: Any) -> int | None:
+    """How many tokens a slot holds, where the server tells."""
+    try:
+        length = props["default_generation_settings"]["n_ctx"]
+    except (KeyError, TypeError):
+        return None
+    return length if type(length) is int and length > 0 else None
 
 
 def _field(data: Any, name: str, kind: type, expert: str) -> Any:

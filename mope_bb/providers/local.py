@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Sequence
+import random
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
+from torch import Tensor
 
 from mope_bb.cache import DistributionCache
 from mope_bb.chat_tokenizer import ChatTokenizer, load_chat_tokenizer
@@ -16,9 +18,18 @@ from mope_bb.config import ExpertConfig
 from mope_bb.errors import ConfigError, ContextLengthError, ProviderTimeoutError
 from mope_bb.inference import BatchedModel, check_loaded, choose_device, loading_weights
 from mope_bb.providers.base import Capabilities, IdExpert, build_distribution
-from mope_bb.types import END, Message, TokenDistribution
+from mope_bb.providers.drafting import build_step
+from mope_bb.providers.wire import Entry, Position
+from mope_bb.types import END, Context, DraftStep, Message, Piece, TokenDistribution
 
-CAPABILITIES: Final = Capabilities(logprob_noise=1e-5)
+CAPABILITIES: Final = Capabilities(score="start_len", logprob_noise=1e-5, drafts="exact")
+
+
+class _List(NamedTuple):
+    """One position."""
+
+    entries: tuple[Entry, ...]
+    distribution: TokenDistribution
 
 
 class LocalExpert(IdExpert):
@@ -47,6 +58,33 @@ class LocalExpert(IdExpert):
         return self._tokenizer.encode_chat(messages, expert=self.name)
 
     async def ask(self, ids: tuple[int, ...], top_k: int) -> TokenDistribution:
+        (found,) = self._lists(await self._logprobs(ids, 1), top_k)
+        return found.distribution
+
+    async def score_ids(self, ids: tuple[int, ...], draft: Sequence[Piece], top_k: int) -> Sequence[TokenDistribution]:
+        logprobs = await self._logprobs(self.prefixes(ids, draft)[-1], len(draft) + 1, num_settled=len(ids))
+        return [one.distribution for one in self._lists(logprobs, top_k)]
+
+    async def draft(
+        self, context: Context, *, top_k: int, num_tokens: int, temperature: float = 1.0, seed: int | None = None
+    ) -> tuple[DraftStep, ...]:
+        ids = path = await self.ids_of(context)
+        if self._model.max_length is not None:
+            num_tokens = max(1, min(num_tokens, self._model.max_length + 1 - len(ids)))
+        generator = random.Random(seed)
+        steps: list[DraftStep] = []
+        while len(steps) < num_tokens and not (steps and steps[-1].piece == END):
+            logprobs = await self._logprobs(path, 1, num_settled=len(ids))
+            token_id = draw_token(logprobs[0], temperature, generator.random())
+            (found,) = self._lists(logprobs, top_k)
+            position = Position(found.entries, self._tokenizer.piece(token_id), float(logprobs[0, token_id]))
+            steps.append(build_step(position, found.entries, found.distribution, temperature))
+            path = (*path, token_id)
+        await self.remember(context, steps, top_k)
+        return tuple(steps)
+
+    async def _logprobs(self, ids: tuple[int, ...], count: int, *, num_settled: int | None = None) -> Tensor:
+        """Of what follows each of the last `count` of `ids`: (count, V), float64; `num_settled` as for `rows`."""
         limit = self._model.max_length
         if limit is not None and len(ids) > limit:
             raise ContextLengthError(
@@ -56,24 +94,25 @@ class LocalExpert(IdExpert):
             )
         try:
             async with asyncio.timeout(self._timeout_s):
-                row = await self._model.last_row(ids)
+                rows = await self._model.rows(ids, count, num_settled=num_settled)
         except TimeoutError:
             raise ProviderTimeoutError(
                 f"no answer within {self._timeout_s:g} s", expert=self.name, provider="local"
             ) from None
-        logprobs = torch.log_softmax(row.double(), dim=-1)
+        return torch.log_softmax(rows.double(), dim=-1)
+
+    def _lists(self, logprobs: Tensor, top_k: int) -> Iterator[_List]:
         # One more than asked per extra end token, since several of them join in one piece: the tokenizer already gives
         # END for each of them.
-        width = min(len(logprobs), top_k + max(0, len(self._tokenizer.end_ids) - 1))
+        vocab_size = logprobs.shape[-1]
+        width = min(vocab_size, top_k + max(0, len(self._tokenizer.end_ids) - 1))
         values, indices = torch.topk(logprobs, width)
-        pieces = [self._tokenizer.piece(token_id) for token_id in indices.tolist()]
-        return build_distribution(
-            zip(pieces, values.tolist(), strict=True),
-            top_k=top_k,
-            end_ids=(END.token_id,),
-            vocab_size=len(logprobs),
-            expert=self.name,
-        )
+        for ids, row in zip(indices.tolist(), values.tolist(), strict=True):
+            entries = tuple(zip(map(self._tokenizer.piece, ids), row, strict=True))
+            distribution = build_distribution(
+                entries, top_k=top_k, end_ids=(END.token_id,), vocab_size=vocab_size, expert=self.name
+            )
+            yield _List(entries, distribution)
 
     async def fingerprint(self) -> str:
         return self._tokenizer.fingerprint
@@ -83,6 +122,16 @@ class LocalExpert(IdExpert):
 
     async def aclose(self) -> None:
         await asyncio.to_thread(self._model.close)
+
+
+def draw_token(logprobs: Tensor, temperature: float, uniform: float) -> int:
+    """A token by its logprobs (V) at `temperature`; `uniform` is a number from [0, 1)."""
+    if temperature == 0.0:
+        return int(logprobs.argmax())
+    # Several times faster than torch.multinomial on a large vocabulary.
+    cumulative = torch.softmax(logprobs / temperature, dim=-1).cumsum(dim=-1)
+    place = int(torch.searchsorted(cumulative, uniform * float(cumulative[-1]), right=True))
+    return min(place, len(logprobs) - 1)
 
 
 def open_expert(config: ExpertConfig, cache: DistributionCache | None) -> LocalExpert:

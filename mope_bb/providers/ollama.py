@@ -22,7 +22,8 @@ from mope_bb.config import ExpertConfig
 from mope_bb.errors import ConfigError, LogprobsUnavailableError, MalformedResponseError
 from mope_bb.providers.connect import open_client, required_model, required_url
 from mope_bb.providers.dialects import NATIVE
-from mope_bb.providers.endpoint import Ask, TextEndpoint
+from mope_bb.providers.endpoint import Ask
+from mope_bb.providers.text_endpoint import TextEndpoint
 from mope_bb.providers.wire import REPLACEMENT, PieceReader, Reply, parse_openai_logprobs
 from mope_bb.transport import HttpClient
 from mope_bb.types import Message
@@ -67,7 +68,8 @@ def parse_reply(data: Any, reader: PieceReader, *, expert: str) -> Reply:
             return Reply((), has_ended=True)
         raise _no_logprobs(text, expert)
     # What was read (`prompt_eval_count`) leaves out in some versions what was in the cache, so it proves nothing.
-    return Reply(parse_openai_logprobs({"content": logprobs}, reader, expert=expert), has_ended=has_ended)
+    positions = parse_openai_logprobs({"content": logprobs}, reader, expert=expert)
+    return Reply(positions, has_ended=has_ended, text=text)
 
 
 def _no_logprobs(text: str, expert: str) -> LogprobsUnavailableError:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from mope_bb.cache import DistributionCache
@@ -14,6 +15,24 @@ from mope_bb.providers.registry import open_expert
 from mope_bb.types import Context, DraftStep, Piece, TokenDistribution
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """What an expert can do, and what it costs."""
+
+    name: str
+    gives_lists: bool
+    """It gives logprobs at all."""
+    can_draft: bool
+    """What it draws are true samples."""
+    can_continue: bool
+    """It gives lists along a path of its own."""
+    scores_at_once: bool
+    """It scores a draft in one request."""
+    input_price: float = 0.0
+    """Of a million tokens."""
+    output_price: float = 0.0
 
 
 class ExpertPool:
@@ -38,8 +57,8 @@ class ExpertPool:
                     self._experts[name] = expert
                     self._top_k[name] = allowed_top_k(self._configs[name], expert.capabilities)
             new = [name for name in names if name not in self._verified]
-            fingerprints = await _gather({name: self._experts[name].fingerprint() for name in new})
-            for name, fingerprint in fingerprints.items():
+            fingerprints = await together([self._experts[name].fingerprint() for name in new])
+            for name, fingerprint in zip(new, fingerprints, strict=True):
                 first, expected = self._fingerprint or (name, fingerprint)
                 if fingerprint != expected:
                     raise AlignmentError(
@@ -62,10 +81,11 @@ class ExpertPool:
 
     async def ask(self, names: Sequence[str], context: Context) -> list[TokenDistribution]:
         """The next-token distributions of `names`, in that order. A failure cancels the others and is raised."""
-        found = await _gather(
-            {name: self._experts[name].next_tokens(context, top_k=self._top_k[name]) for name in names}
-        )
-        return [found[name] for name in names]
+        return await together([self.ask_one(name, context) for name in names])
+
+    async def ask_one(self, name: str, context: Context) -> TokenDistribution:
+        """The next-token distribution of one expert."""
+        return await self._experts[name].next_tokens(context, top_k=self._top_k[name])
 
     async def draft(
         self, name: str, context: Context, *, num_tokens: int, temperature: float, seed: int | None = None
@@ -84,9 +104,22 @@ class ExpertPool:
         """See `Expert.score`."""
         return await self._experts[name].score(context, draft, top_k=self._top_k[name])
 
-    def capabilities(self, name: str) -> Capabilities:
-        """What the endpoint of an open expert can do."""
-        return self._experts[name].capabilities
+    async def sample(self, name: str, context: Context) -> Piece:
+        """See `Expert.sample`."""
+        return await self._experts[name].sample(context)
+
+    def seat(self, name: str) -> Seat:
+        """What an open expert can do, and what it costs."""
+        capabilities, config = self._experts[name].capabilities, self._configs[name]
+        return Seat(
+            name,
+            gives_lists=capabilities.gives_lists,
+            can_draft=capabilities.drafts == "exact",
+            can_continue=capabilities.drafts != "none",
+            scores_at_once=capabilities.score != "none",
+            input_price=config.input_price,
+            output_price=config.output_price,
+        )
 
     def check_can_continue(self, names: Sequence[str]) -> None:
         """Raise PrefillError, before anything is paid, if one of `names` gives first tokens only."""
@@ -122,12 +155,12 @@ def allowed_top_k(config: ExpertConfig, capabilities: Capabilities) -> int:
     return limit
 
 
-async def _gather(calls: Mapping[str, Coroutine[Any, Any, T]]) -> dict[str, T]:
-    """Run `calls` together; on a failure cancel the rest and raise the failure itself, not a group."""
+async def together(calls: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+    """Run `calls` at the same time; on a failure cancel the rest and raise the failure itself, not a group."""
     try:
         async with asyncio.TaskGroup() as group:
-            tasks = {name: group.create_task(call) for name, call in calls.items()}
+            tasks = [group.create_task(call) for call in calls]
     except BaseExceptionGroup as group_error:
         ours = [error for error in group_error.exceptions if isinstance(error, MopeError)]
         raise (ours or group_error.exceptions)[0] from None
-    return {name: task.result() for name, task in tasks.items()}
+    return [task.result() for task in tasks]

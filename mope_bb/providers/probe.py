@@ -13,8 +13,7 @@ import statistics
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
-from typing import Final, Literal
+from typing import Final
 
 from mope_bb.config import ExpertConfig
 from mope_bb.errors import (
@@ -37,38 +36,15 @@ from mope_bb.providers.comparing import (
     slope,
 )
 from mope_bb.providers.connect import connection_warnings
-from mope_bb.providers.endpoint import Ask, WireExpert, build_from_reply, is_whole_text
+from mope_bb.providers.endpoint import Ask, WireExpert, build_from_reply
+from mope_bb.providers.findings import DRAFTS, NOT_NEEDED, SCORING, ExpertReport, Verdict
 from mope_bb.providers.pool import allowed_top_k
+from mope_bb.providers.probe_ahead import drafts_as_asked, scores_as_asked
 from mope_bb.providers.registry import open_expert
-from mope_bb.providers.wire import Reply
+from mope_bb.providers.wire import Reply, is_whole_text
 from mope_bb.types import END, Context, Message, Piece
 
-Verdict = Literal["ok", "warning", "error", "unknown"]
-CHECKS: Final = (
-    "reachable",
-    "model",
-    "logprobs",
-    "top-k",
-    "order",
-    "token ids",
-    "bytes",
-    "prefill",
-    "trailing space",
-    "end of answer",
-    "scale",
-    "scoring",
-    "latency",
-    "together",
-    "tokenizer",
-    "connection",
-)
 QUESTIONS: Final = ("How do I fix a bike?", "What is a good name for a cat?", "Tell me about the moon.")
-SCORING: Final = {
-    "none": "token by token",
-    "forced": "forced decoding",
-    "start_len": "from a position on",
-    "echo": "echo of the prompt",
-}
 WALK: Final = 128
 """Tokens within which an answer is expected to end."""
 TOGETHER: Final = 24
@@ -76,41 +52,15 @@ TOGETHER: Final = 24
 NUM_TIMED: Final = 5
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One cell."""
-
-    check: str
-    verdict: Verdict
-    value: str
-    advice: str = ""
-    """What it means and what to do, where it is not as it should be."""
-
-
-@dataclass(slots=True)
-class ExpertReport:
-    """One expert's column."""
-
-    name: str
-    provider: str
-    findings: dict[str, Finding] = field(default_factory=dict)
-    fingerprint: str | None = None
-
-    @property
-    def can_run(self) -> bool:
-        """Nothing stands in the way of merging it."""
-        return all(finding.verdict != "error" for finding in self.findings.values())
-
-    def add(self, check: str, verdict: Verdict, value: str, advice: str = "") -> None:
-        """Note a finding."""
-        self.findings[check] = Finding(check, verdict, value, advice)
-
-
 async def probe_experts(
     configs: Sequence[ExpertConfig], progress: Callable[[str], None] = lambda _: None
 ) -> list[ExpertReport]:
-    """Ask every expert, one after the other, and compare their tokenizers. Raises nothing that an endpoint caused."""
+    """Ask every expert at every address, one after the other, and compare their tokenizers.
+
+    Raises nothing that an endpoint caused.
+    """
     reports = []
+    configs = [replica for config in configs for replica in _replicas_by_name(config)]
     for config in configs:
         progress(config.name)
         reports.append(await probe_expert(config))
@@ -131,12 +81,19 @@ async def probe_experts(
     return reports
 
 
+def _replicas_by_name(config: ExpertConfig) -> list[ExpertConfig]:
+    replicas = config.replicas()
+    if len(replicas) == 1:
+        return list(replicas)
+    return [one.model_copy(update={"name": f"{one.name} at {one.base_url}"}) for one in replicas]
+
+
 async def _probe_together(configs: Sequence[ExpertConfig], reports: Sequence[ExpertReport]) -> None:
     """Does one server keep its models apart when they are asked at the same time? Not all do (vllm#48421)."""
     by_address: dict[str, list[tuple[ExpertConfig, ExpertReport]]] = {}
     for config, report in zip(configs, reports, strict=True):
-        if config.base_url is not None and report.can_run:
-            by_address.setdefault(config.base_url.rstrip("/"), []).append((config, report))
+        if config.addresses and report.can_run:
+            by_address.setdefault(config.addresses[0].rstrip("/"), []).append((config, report))
     for group in by_address.values():
         if len({config.model for config, _ in group}) > 1:
             await _compare_together(group)
@@ -243,6 +200,7 @@ class _Probe:
             ("trailing space", self._trailing_space),
             ("end of answer", self._end),
             ("scale", self._scale),
+            ("drafts", self._drafts),
             ("scoring", self._scoring),
             ("latency", self._latency),
         ):
@@ -252,7 +210,8 @@ class _Probe:
         try:
             await look()
         except MopeError as error:
-            self._report.add(check, "error", type(error).__name__, error.in_words)
+            verdict: Verdict = "warning" if check in NOT_NEEDED else "error"
+            self._report.add(check, verdict, type(error).__name__, error.in_words)
 
     def _add(self, check: str, verdict: Verdict, value: str, advice: str = "") -> None:
         self._report.add(check, verdict, value, advice)
@@ -453,18 +412,25 @@ class _Probe:
             )
             self._add("scale", "error", named, advice)
 
+    async def _drafts(self) -> None:
+        kind, ids_in = self._expert.capabilities.drafts, self._expert.capabilities.ids_in
+        # A text may be read as other tokens than those that were drawn, so there lists may differ.
+        if kind == "none" or not ids_in or await drafts_as_asked(self._expert, self._question(), self._top_k):
+            self._add("drafts", "ok", DRAFTS[kind])
+        else:
+            advice = 'Lists along a draft are not those of single questions: set [decoding] mode = "lockstep".'
+            self._add("drafts", "warning", "other lists", advice)
+
     async def _scoring(self) -> None:
         how = self._expert.capabilities.score
-        if how != "prefixes":
+        if how == "none" or await scores_as_asked(self._expert, self._question(), self._top_k):
             self._add("scoring", "ok", SCORING[how])
-            return
-        contexts = [Context((Message("user", question),)) for question in QUESTIONS]
-        alone = [first_position(await self._expert.observe(context, Ask(self._top_k))).entries for context in contexts]
-        together = await self._expert.observe_together(contexts, Ask(self._top_k))
-        if all(agree(one, first_position(other).entries) for one, other in zip(alone, together, strict=True)):
-            self._add("scoring", "ok", "list of prefixes")
         else:
-            self._add("scoring", "error", "lists mixed up", "A list of prompts is not answered in its order.")
+            advice = 'A draft is scored with other lists than single questions give: set [decoding] mode = "lockstep".'
+            self._add("scoring", "warning", "other lists", advice)
+
+    def _question(self) -> Context:
+        return Context((Message("user", QUESTIONS[0]),))
 
     async def _latency(self) -> None:
         grows = self._expert.capabilities.prefill != "none"

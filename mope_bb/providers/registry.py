@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+from collections.abc import Callable
 from typing import Final
 
 from mope_bb.cache import DistributionCache
@@ -36,5 +37,15 @@ def open_expert(config: ExpertConfig, cache: DistributionCache | None) -> Expert
             f"expert {config.name!r}: unknown provider {config.provider!r}",
             hint=(f"Did you mean {nearest[0]!r}? " if nearest else "") + f"Known: {', '.join(PROVIDERS)}.",
         )
-    expert: Expert = importlib.import_module(module).open_expert(config, cache)
-    return expert
+    open_one: Callable[[ExpertConfig, DistributionCache | None], Expert] = importlib.import_module(module).open_expert
+    replicas = config.replicas()
+    if len(replicas) == 1:
+        return open_one(replicas[0], cache)
+    from mope_bb.providers.replicas import ReplicatedExpert
+
+    # One retry layer: what one address failed to answer is asked at the next.
+    return ReplicatedExpert(
+        [open_one(one.model_copy(update={"max_retries": 0}), cache) for one in replicas],
+        timeout_s=config.timeout_s,
+        max_retries=config.max_retries,
+    )

@@ -15,26 +15,39 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, Final
 
 from mope_bb.cache import DistributionCache
 from mope_bb.chat_tokenizer import ChatTokenizer, load_chat_tokenizer
 from mope_bb.config import ExpertConfig
 from mope_bb.errors import LogprobsUnavailableError, MalformedResponseError, MopeError
+from mope_bb.failures import classify_status
 from mope_bb.providers.completions import choose_model, parse_models
 from mope_bb.providers.connect import load_served_tokenizer, open_client, required_url
 from mope_bb.providers.dialects import NATIVE
-from mope_bb.providers.endpoint import Ask, IdEndpoint
+from mope_bb.providers.endpoint import Ask, IdEndpoint, check_all_read
 from mope_bb.providers.wire import PieceReader, Reply, build_position, checked_logprob
-from mope_bb.transport import HttpClient, classify_status
-from mope_bb.types import Piece
+from mope_bb.transport import HttpClient
+from mope_bb.types import Piece, TokenDistribution
+
+NOTHING_FILTERED: Final[Mapping[str, Any]] = {
+    "top_k": -1,
+    "top_p": 1.0,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+}
+"""Settings that a model's generation_config may have otherwise."""
 
 
 def build_request(prompts: Sequence[Sequence[int]], ask: Ask, *, adapter: str | None = None) -> dict[str, Any]:
     """The body of one or several questions; `adapter` is the name of a LoRA adapter that is served."""
+    sampling = {"max_new_tokens": ask.num_tokens, "temperature": ask.temperature or 0.0}
     body: dict[str, Any] = {
         "input_ids": [list(ids) for ids in prompts],
-        "sampling_params": {"max_new_tokens": ask.num_tokens, "temperature": ask.temperature or 0.0},
+        "sampling_params": {**sampling, **NOTHING_FILTERED} if ask.is_draft else sampling,
         "return_logprob": True,
         "top_logprobs_num": ask.top_k,
         # Of the answer only: any other start costs the prefix cache from there on.
@@ -42,6 +55,36 @@ def build_request(prompts: Sequence[Sequence[int]], ask: Ask, *, adapter: str | 
         "return_text_in_logprobs": False,
     }
     return body if adapter is None else body | {"lora_path": adapter}
+
+
+def build_score_request(ids: Sequence[int], draft: Sequence[int], top_k: int, adapter: str | None) -> dict[str, Any]:
+    """The body of a question for the lists after `ids` and along `draft`: the prefix cache is used up to its start."""
+    body = build_request([(*ids, *draft)], Ask(top_k), adapter=adapter)
+    return body | {"logprob_start_len": len(ids) - 1}
+
+
+def parse_scores(data: Any, draft: Sequence[int], reader: PieceReader, *, expert: str) -> Reply:
+    """The positions after every prefix of `draft`, from the reply to its question. Raises a ProviderError.
+
+    Rows of the input begin with one that is null; then come those of the draft's tokens, and the output's own.
+    """
+    (reply,) = parse_response(data, reader, 1, expert=expert)
+    if isinstance(reply, MopeError):
+        raise reply
+    meta = data[0]["meta_info"] if isinstance(data, list) else data["meta_info"]
+    try:
+        given, tops = meta["input_token_logprobs"], meta["input_top_logprobs"]
+        if [token_id for _, token_id, _ in given[1:]] != list(draft) or len(tops) != len(given):
+            raise ValueError(f"{len(tops)} lists of {len(given)} input tokens for a draft of {len(draft)}")
+        scored = [
+            build_position([_read(other, reader) for other in top], _read(one, reader), has_ids=True)
+            for one, top in zip(given[1:], tops[1:], strict=True)
+        ]
+    except (KeyError, TypeError, ValueError) as error:
+        raise MalformedResponseError(
+            f"the input's logprobs are not as SGLang writes them: {error!r}", expert=expert
+        ) from None
+    return replace(reply, positions=(*scored, *reply.positions))
 
 
 def parse_reply(data: Any, reader: PieceReader, *, expert: str) -> Reply:
@@ -139,6 +182,14 @@ class SglangExpert(IdEndpoint):
         reader = PieceReader(await self.tokenizer())
         body = build_request(prompts, ask, adapter=await self._find_adapter())
         return parse_response(await self._client.post_json("/generate", body), reader, len(prompts), expert=self.name)
+
+    async def score_ids(self, ids: tuple[int, ...], draft: Sequence[Piece], top_k: int) -> Sequence[TokenDistribution]:
+        reader, adapter = PieceReader(await self.tokenizer()), await self._find_adapter()
+        drafted = self.prefixes((), draft)[-1]
+        body = build_score_request(ids, drafted, await self.num_asked(top_k), adapter)
+        reply = parse_scores(await self._client.post_json("/generate", body), drafted, reader, expert=self.name)
+        check_all_read(reply, len(ids) + len(drafted), expert=self.name)
+        return await self.build_lists(reply.positions, top_k)
 
     async def _find_adapter(self) -> str | None:
         async with self._look_lock:

@@ -22,7 +22,8 @@ from mope_bb.config import ExpertConfig
 from mope_bb.errors import ConfigError, LogprobsUnavailableError, MalformedResponseError
 from mope_bb.providers.connect import open_client, required_url
 from mope_bb.providers.dialects import NATIVE
-from mope_bb.providers.endpoint import Ask, TextEndpoint
+from mope_bb.providers.endpoint import Ask
+from mope_bb.providers.text_endpoint import TextEndpoint
 from mope_bb.providers.wire import PieceReader, Reply, build_position, checked_logprob
 from mope_bb.transport import HttpClient
 from mope_bb.types import Message, Piece

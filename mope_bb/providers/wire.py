@@ -36,14 +36,16 @@ END_TOKENS: Final = (
     "<｜end▁of▁sentence｜>",
 )
 """Tokens that end an answer whatever the model's metadata say, as in llama.cpp's own list."""
+Entry = tuple[Piece, float | None]
+"""A piece with its natural logprob; None where the wire has no number."""
 
 
 @dataclass(frozen=True, slots=True)
 class Position:
     """One generated token."""
 
-    entries: tuple[tuple[Piece, float | None], ...]
-    """K pieces with their natural logprobs, in the order of the wire."""
+    entries: tuple[Entry, ...]
+    """K pieces, in the order of the wire."""
     drawn: Piece | None = None
     """The piece that the endpoint itself drew here."""
     drawn_logprob: float | None = None
@@ -63,6 +65,10 @@ class Reply:
     """How many tokens the endpoint read, where it tells."""
     has_ended: bool = False
     """The endpoint drew the end of the answer."""
+    text: str | None = None
+    """All that was drawn as text, where the endpoint tells."""
+    unlisted: Piece | None = None
+    """What was drawn after `positions`, where the endpoint tells and left out the list."""
 
 
 class PieceReader:
@@ -79,6 +85,8 @@ class PieceReader:
         self._tokenizer = tokenizer
         self._end_ids = frozenset(end_ids)
         self._end_texts = frozenset(end_texts)
+        self.known: dict[int, Piece] = {}
+        """The pieces of ids that were read with their bytes: lists name the same few hundred again and again."""
 
     def read(self, text: str | None, *, data: bytes | None = None, token_id: int | None = None) -> Piece | None:
         """The piece; None where the wire does not tell which one it is."""
@@ -108,7 +116,10 @@ class PieceReader:
             return self._tokenizer.piece(token_id)
         if token_id in self._end_ids or text in self._end_texts:
             return END
-        return Piece(data if data is not None else (text or "").encode(), token_id)
+        piece = Piece(data if data is not None else (text or "").encode(), token_id)
+        if piece.data:
+            self.known[token_id] = piece
+        return piece
 
 
 def parse_openai_logprobs(logprobs: Any, reader: PieceReader, *, expert: str) -> tuple[Position, ...]:
@@ -208,3 +219,11 @@ def in_order(choices: Any, num_prompts: int, *, expert: str) -> Sequence[Mapping
         raise MalformedResponseError(
             f"{num_prompts} prompts were answered by {count}, expected one for each", expert=expert
         ) from None
+
+
+def is_whole_text(data: bytes) -> bool:
+    """Whether these bytes are text of whole characters, and not nothing."""
+    try:
+        return bool(data.decode())
+    except UnicodeDecodeError:
+        return False

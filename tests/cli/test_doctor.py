@@ -48,6 +48,7 @@ HEALTHY = {
     "trailing space": ("ok", "kept (ids)"),
     "end of answer": ("ok", "on the list"),
     "scale": ("ok", "raw"),
+    "drafts": ("ok", "true samples"),
     "scoring": ("ok", "forced decoding"),
     "tokenizer": ("ok", "the same"),
     "connection": ("ok", "ok"),
@@ -108,11 +109,12 @@ FAULTS = (
     Fault("collisions", "token ids", "error", "not given", "fall together", can_run=False),
     Fault("unsorted", "order", "warning", "unsorted", "sorted here", can_run=True),
     Fault("drawn first", "order", "ok", "drawn token first", "takes the place of the last piece", can_run=True),
+    Fault("drawn first", "drafts", "warning", "other lists", 'mode = "lockstep"', can_run=True),
     Fault("null", "logprobs", "error", "LogprobsUnavailableError", "logprobs: null", can_run=False),
 )
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{fault.name} {fault.check}")
 def test_every_fault_is_named(mope: Run, stand_ins: StandIns, tmp_path: Path, fault: Fault) -> None:
     """A server that claims to be vLLM, with one fault."""
     server = stand_ins.open("vllm")
@@ -167,6 +169,18 @@ def test_a_cap_of_the_server_is_named_with_the_remedy(mope: Run, stand_ins: Stan
     assert "top_k = 10" in advice_of(document, "top-k")
 
 
+def test_every_address_is_asked(mope: Run, nano_experts: ZooServer, tmp_path: Path) -> None:
+    """An expert at two addresses, at one of which nobody is: a column each, named by the address."""
+    here, gone = nano_experts.base_urls["concise"], "http://127.0.0.1:9"
+    table = {"name": "e", "provider": "llamacpp", "base_url": [here, gone], "model": "concise", "max_retries": 0}
+    result = mope("doctor", "-c", write_config(tmp_path / "mope.toml", table), "--json")
+    document = json.loads(result.out)
+    assert [one["name"] for one in document["experts"]] == [f"e at {here}", f"e at {gone}"]
+    assert [one["can_run"] for one in document["experts"]] == [True, False]
+    assert cells_of(document, 1)["reachable"] == ("error", "ProviderConnectionError")
+    assert result.status == 1
+
+
 def test_nobody_there_and_a_key_that_is_not_set(mope: Run, no_server_config: str, tmp_path: Path) -> None:
     """Each expert that cannot be asked is named, and the others are looked at all the same."""
     result = mope("doctor", "-c", no_server_config)
@@ -176,7 +190,7 @@ def test_nobody_there_and_a_key_that_is_not_set(mope: Run, no_server_config: str
     table = {
         "name": "e",
         "provider": "vllm",
-        "base_url": "http://example.invalid/v1",
+        "base_url": ["http://example.invalid/v1"],
         "api_key_env": "NOT_SET_ANYWHERE",
     }
     here = {"name": "s", "provider": "scripted"}

@@ -95,7 +95,7 @@ def test_ctrl_c_ends_the_served_zoo(nano: Zoo, zoo_home: Path, tmp_path: Path) -
         out, err = process.communicate()
     assert "base" in out and "Traceback" not in err
     assert process.returncode == 0
-    address = httpx.URL(load_config(config).experts[0].base_url or "")
+    address = httpx.URL(load_config(config).experts[0].addresses[0])
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection((address.host, address.port or 0))
 

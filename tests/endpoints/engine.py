@@ -59,6 +59,10 @@ class TinyEngine:
         found: Row = torch.log_softmax(logits, dim=-1).tolist()
         return found
 
+    def row(self, ids: Sequence[int]) -> Row:
+        """The model's own logprobs after `ids`."""
+        return self._row(tuple(ids))
+
     def generate(
         self, ids: Sequence[int], num_tokens: int, *, temperature: float = 0.0, bias: Mapping[int, float] | None = None
     ) -> list[Drawn]:

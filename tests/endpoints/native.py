@@ -38,10 +38,17 @@ def sglang_generate(stand_in: StandIn, body: Mapping[str, Any], request: web.Req
     replies = []
     for ids in prompts:
         read = ids[-engine.max_length + 1 :] if "truncating" in stand_in.faults else ids
+        num_new = body["sampling_params"]["max_new_tokens"]
         if len(read) >= engine.max_length:
             return error(
                 400,
                 f"The input ({len(ids)} tokens) is longer than the model's context length ({engine.max_length}).",
+            )
+        if len(read) + num_new > engine.max_length:
+            return error(
+                400,
+                f"Requested token count exceeds the model's maximum context length of {engine.max_length} tokens. You "
+                f"requested a total of {len(read) + num_new} tokens.",
             )
         replies.append(sglang_reply(stand_in, engine, read, body))
     return 200, replies if isinstance(body["input_ids"][0], list) else replies[0]
@@ -60,9 +67,19 @@ def sglang_reply(stand_in: StandIn, engine: TinyEngine, ids: Sequence[int], body
     meta |= {"prompt_tokens": len(ids), "completion_tokens": len(drawn)}
     if body["return_logprob"] and "null" not in stand_in.faults:
         k = body["top_logprobs_num"]
+        start = len(ids) if body["logprob_start_len"] == -1 else body["logprob_start_len"]
+        # The first token of all that are scored has no list.
+        given = [Drawn(ids[at], engine.row(ids[:at])) for at in range(start + 1, len(ids))]
+        first_token, first_list = ([[None, ids[start], None]], [None]) if start < len(ids) else ([], [])
         meta |= {
-            "input_token_logprobs": [],
-            "input_top_logprobs": [],
+            "input_token_logprobs": [
+                *first_token,
+                *([one.logprobs[one.token_id], one.token_id, None] for one in given),
+            ],
+            "input_top_logprobs": [
+                *first_list,
+                *([[value, token, None] for token, value in one.top(k)] for one in given),
+            ],
             "output_token_logprobs": [[one.logprobs[one.token_id], one.token_id, None] for one in drawn],
             "output_top_logprobs": [[[value, token, None] for token, value in one.top(k)] for one in drawn],
         }
@@ -96,7 +113,8 @@ def vllm_generate(stand_in: StandIn, body: Mapping[str, Any], request: web.Reque
             f"{len(ids)} input tokens.",
             type="BadRequestError",
         )
-    drawn = draw(stand_in, engine, ids, sampling["max_tokens"], sampling["temperature"])
+    room = engine.max_length - len(ids)
+    drawn = draw(stand_in, engine, ids, min(room, sampling["max_tokens"]), sampling["temperature"])
     choice = {
         "index": 0,
         "finish_reason": "stop" if drawn[-1].token_id == engine.end_id else "length",

@@ -60,6 +60,8 @@ def completions(
             bias = {int(key): value for key, value in (body.get("logit_bias") or {}).items()}
             drawn = engine.generate(ids, body["max_tokens"], temperature=body["temperature"], bias=bias)
             ended = drawn[-1].token_id == engine.end_id
+            echoed = range(len(ids) - body.get("echo_last", 0), len(ids))
+            drawn = [*(Drawn(ids[at], engine.row(ids[:at])) for at in echoed), *drawn]
             drawn = [damage(one, stand_in.faults, body["temperature"]) for one in drawn]
             short = 5 if "short" in stand_in.faults and k is not None else k
             choices.append(

@@ -27,12 +27,14 @@ from mope_bb.pcm.gates import LinearGate
 from mope_bb.pcm.merging import Plan, merge_step
 from mope_bb.pcm.mixture import build_rule
 from mope_bb.pcm.runner import UserWeights
+from mope_bb.providers.base import IdExpert
 from mope_bb.providers.pool import ExpertPool
 from mope_bb.providers.registry import open_expert
 from mope_bb.session import open_session
-from mope_bb.types import END, Context, Message, SamplingOptions, TokenDistribution
+from mope_bb.types import END, Context, DraftStep, Message, Piece, SamplingOptions, TokenDistribution
 from mope_bb.zoo.serving import ZooServer
 from tests.command_line import Run
+from tests.draws import P_VALUE, p_value
 from tests.engines.adapters import load_merged
 from tests.engines.servers import API_KEY, EngineServer
 from tests.exactness.dense import Array, DenseModel, merge_dense, total_variation
@@ -40,6 +42,7 @@ from tests.exactness.dense import Array, DenseModel, merge_dense, total_variatio
 EXACT = 1e-4
 """Of any probability of the merged distribution."""
 LAMBDAS = {"one": 0.6, "two": 0.4}
+BIKE = Context((Message("user", "How do I fix a bike?"),))
 QUESTIONS = ("How do I fix a bike?", "How do I paint a door?", "How do I repair a café?")
 
 
@@ -198,6 +201,67 @@ def test_one_answer_from_three_places(vllm: EngineServer, nano_experts: ZooServe
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("provider", ["vllm", "vllm-generate", "vllm-chat"])
+def test_drafts_and_scores_are_the_lists_of_single_questions(vllm: EngineServer, provider: str) -> None:
+    """Also where the drawn piece is not among the best, which the real server then adds or lets in for another."""
+    expert_table = table(vllm, "one", provider=provider, tokenizer=str(vllm.folder))
+    config = config_of({**expert_table, "top_k": 5}).experts[0]
+
+    async def main() -> None:
+        expert = open_expert(config, None)
+        try:
+            steps = await expert.draft(BIKE, top_k=5, num_tokens=16, temperature=expert.draft_temperature(1.0), seed=4)
+            assert len(steps) > 4
+            assert provider != "vllm" or any(step.index is None for step in steps)
+            path = [step.piece for step in steps]
+            scored = await expert.score(BIKE, path[:-1], top_k=5)
+            for position, (step, score) in enumerate(zip(steps, scored, strict=True)):
+                alone = await expert.next_tokens(BIKE.extended(*path[:position]), top_k=5)
+                for found in (step.distribution, score):
+                    assert found.pieces == alone.pieces
+                    assert found.logprobs == pytest.approx(alone.logprobs, abs=EXACT)
+        finally:
+            await expert.aclose()
+
+    asyncio.run(main())
+
+
+def test_drawn_pieces_follow_q(vllm: EngineServer) -> None:
+    """400 drafts at 0.4, whose first pieces are drawn from q given that they are on a list of 8."""
+    config = config_of(table(vllm, "base")).experts[0]
+
+    async def main() -> list[DraftStep]:
+        expert = open_expert(config, None)
+        try:
+            asked = [expert.draft(BIKE, top_k=8, num_tokens=1, temperature=0.4, seed=seed) for seed in range(400)]
+            return [steps[0] for steps in await asyncio.gather(*asked)]
+        finally:
+            await expert.aclose()
+
+    assert p_value(asyncio.run(main())) > P_VALUE
+
+
+def test_a_draft_is_as_short_as_the_context_wants_it(vllm: EngineServer) -> None:
+    """vLLM shortens it; what does not fit at all is refused as a single question is."""
+    config = config_of({**table(vllm, "base"), "max_retries": 0}).experts[0]
+
+    async def main() -> None:
+        expert = open_expert(config, None)
+        assert isinstance(expert, IdExpert)
+        try:
+            num_prompt = len(await expert.ids_of(BIKE))
+            for num_left in (1, 3):
+                long = BIKE.extended(*[Piece(b"", 5)] * (512 - num_left - num_prompt))
+                steps = await expert.draft(long, top_k=5, num_tokens=24, temperature=1.0, seed=1)
+                assert 1 <= len(steps) <= num_left
+            with pytest.raises(ContextLengthError):
+                await expert.draft(BIKE.extended(*[Piece(b"", 5)] * (512 - num_prompt)), top_k=5, num_tokens=24)
+        finally:
+            await expert.aclose()
+
+    asyncio.run(main())
+
+
 def test_three_training_steps_with_a_remote_reward_model(
     vllm: EngineServer, vllm_scorer: EngineServer, mope: Run, tmp_path: Path
 ) -> None:
@@ -244,8 +308,18 @@ def toml(values: Mapping[str, object], separator: str = "\n") -> str:
 
 
 CELLS = {
-    "vllm": {"token ids": "in and out", "trailing space": "kept (ids)", "scoring": "list of prefixes"},
-    "vllm-generate": {"token ids": "in and out", "trailing space": "kept (ids)", "scoring": "token by token"},
+    "vllm": {
+        "token ids": "in and out",
+        "trailing space": "kept (ids)",
+        "drafts": "true samples",
+        "scoring": "list of prefixes",
+    },
+    "vllm-generate": {
+        "token ids": "in and out",
+        "trailing space": "kept (ids)",
+        "drafts": "lists only",
+        "scoring": "token by token",
+    },
     "vllm-chat": {
         "token ids": "out",
         "trailing space": "kept",

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from mope_bb import zoo
-from mope_bb.providers.llamacpp import FORCE_BIAS, build_request
+from mope_bb.providers.endpoint import Ask
+from mope_bb.providers.llamacpp_wire import FORCE_BIAS, build_own_request, build_request, build_score_request
 
 BODIES = Path(__file__).parent / "bodies"
 MESSAGES = [{"role": "user", "content": "Where does the key hang?"}]
@@ -79,9 +80,43 @@ def main() -> None:
         status, reply = post(url, "/completion", sent)
         record("end_sampled", sent=sent, status=status, reply=reply, **facts)
 
+        sent = build_own_request([prompt], Ask(3, num_tokens=8, temperature=1.0, seed=2))
+        status, reply = post(url, "/completion", sent)
+        record("draft", sent=sent, status=status, reply=reply, **facts)
+
+        # A draft in which a token that ends inside a character has no list: the third one.
+        seed = next(seed for seed in range(10_000) if lost_position(url, prompt, seed) == 2)
+        sent = build_own_request([prompt], wild_ask(seed))
+        status, reply = post(url, "/completion", sent)
+        record("draft_half", sent=sent, status=status, reply=reply, **facts)
+
+        drafted = load("draft")["reply"]["tokens"][:4]
+        sent = build_score_request(prompt, [*drafted, forced], top_k=3)
+        status, reply = post(url, "/completion", sent)
+        record("scored", sent=sent, status=status, reply=reply, **facts)
+
         sent = build_request([[forced] * 5000], top_k=20, forced_id=forced)
         status, reply = post(url, "/completion", sent)
         record("context", sent={**sent, "prompt": "5000 ids"}, status=status, reply=reply, **facts)
+
+
+def wild_ask(seed: int) -> Ask:
+    """So hot that half characters are drawn."""
+    return Ask(3, num_tokens=6, temperature=4.0, seed=seed)
+
+
+def lost_position(url: str, prompt: list[int], seed: int) -> int | None:
+    """The first position of a draft whose list the server leaves out."""
+    _, reply = post(url, "/completion", build_own_request([prompt], wild_ask(seed)))
+    listed = [position["id"] for position in reply.get("completion_probabilities", ())]
+    if len(listed) == len(reply["tokens"]):
+        return None
+    return next((n for n, pair in enumerate(zip(listed, reply["tokens"], strict=False)) if pair[0] != pair[1]), None)
+
+
+def load(name: str) -> Any:
+    """A body that was recorded."""
+    return json.loads((BODIES / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def is_half(data: bytes) -> bool:

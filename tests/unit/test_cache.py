@@ -83,6 +83,31 @@ def test_round_trip_through_the_disk(cache: DistributionCache, tmp_path: Path) -
     again.close()
 
 
+def test_many_at_once(cache: DistributionCache) -> None:
+    """What was put together or alone is got together, in order, with None for what is not there; all are counted."""
+    other = TokenDistribution((END,), (-0.25,))
+    asyncio.run(cache.put_many([("a", LIST), ("b", other)]))
+    put(cache, "c", LIST)
+    assert asyncio.run(cache.get_many(["b", "no", "a", "c"])) == [other, None, LIST, LIST]
+    assert (cache.num_hits, cache.num_misses) == (3, 1)
+    assert asyncio.run(cache.get_many([])) == []
+    assert get(cache, "b") == other
+
+
+def test_a_batch_is_written_as_a_whole(cache: DistributionCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that fails in the middle of it leaves nothing behind, and costs no answer."""
+    store = cache._cache.set
+
+    def fail_on_second(key: str, data: bytes) -> None:
+        if key == "b":
+            raise OSError(28, "No space left on device")
+        store(key, data)
+
+    monkeypatch.setattr(cache._cache, "set", fail_on_second)
+    asyncio.run(cache.put_many([("a", LIST), ("b", LIST)]))
+    assert asyncio.run(cache.get_many(["a", "b"])) == [None, None]
+
+
 def test_large_entries_go_through_a_file(cache: DistributionCache) -> None:
     """A whole vocabulary is larger than diskcache keeps in its database, and comes back as well."""
     many = TokenDistribution(

@@ -71,6 +71,24 @@ def test_one_failure_costs_one_question() -> None:
     assert isinstance(also, ConnectionError)
 
 
+def test_without_lists_each_question_goes_alone() -> None:
+    """At once, with its own failure; who gives up cancels the call."""
+
+    async def scene() -> Server:
+        server = Server()
+        desk: Coalescer[int, int] = Coalescer(server.answer, max_size=1, max_running=None)
+        asked = [asyncio.ensure_future(desk.ask(one)) for one in (1, -2, 99, 4)]
+        await asyncio.sleep(0)
+        assert server.lists == [[1], [-2], [99], [4]]
+        asked[3].cancel()
+        server.go.set()
+        found = await asyncio.gather(*asked, return_exceptions=True)
+        assert [type(one) for one in found] == [int, ValueError, ConnectionError, asyncio.CancelledError]
+        return server
+
+    assert asyncio.run(scene()).num_cancelled == 1
+
+
 def test_a_list_that_nobody_waits_for_is_cancelled() -> None:
     """Not before the last of its askers has gone; one who went before it left is not in it."""
 

@@ -94,6 +94,27 @@ def test_request_of_vllm() -> None:
     assert both["prompt"] == [[5, 6], [7]]
 
 
+def test_a_draft_of_vllm_is_drawn_from_all_that_the_model_gives() -> None:
+    """Its servers take defaults from a model's generation_config; a single question is greedy and needs none."""
+    ask = Ask(20, num_tokens=16, temperature=0.7, seed=5)
+    sent = build_request([[5, 6]], ask, dialect=COMPLETIONS["vllm"], model="m", forced_id=None)
+    expected = {"top_k": -1, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0, "seed": 5}
+    expected |= {"presence_penalty": 0.0, "frequency_penalty": 0.0, "max_tokens": 16, "temperature": 0.7}
+    assert {name: sent.get(name) for name in expected} == expected
+    unseeded = build_request([[5]], Ask(20, 16, 0.7), dialect=COMPLETIONS["vllm"], model="m", forced_id=None)
+    assert "seed" not in unseeded
+
+
+@pytest.mark.parametrize("provider", ["tensorrt-llm", "completions", "fireworks"])
+def test_a_draft_of_which_only_lists_are_used_has_no_foreign_field(provider: str) -> None:
+    """What other samplers do there changes the path alone."""
+    draft, alone = (
+        build_request([[5]], ask, dialect=COMPLETIONS[provider], model="m", forced_id=None)
+        for ask in (Ask(5, num_tokens=8, temperature=0.0, seed=5), Ask(5))
+    )
+    assert draft == alone | {"max_tokens": 8}
+
+
 def test_request_of_fireworks() -> None:
     """A switch and a number; a context that is too long must be an error."""
     sent = build_request([[5]], Ask(5), dialect=COMPLETIONS["fireworks"], model="m", forced_id=None)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from mope_bb.config import Config, load_config, parse_config, resolve_home
+from mope_bb.config import Config, ExpertConfig, load_config, parse_config, resolve_home
 from mope_bb.errors import ConfigError
 
 EXPERT: dict[str, Any] = {"name": "short", "provider": "scripted", "dimension": "concise"}
@@ -91,6 +91,9 @@ def test_a_folder_is_refused(tmp_path: Path) -> None:
         ({"experts": [{**EXPERT, "top_k": 0}]}, "experts.0.top_k"),
         ({"experts": [{**EXPERT, "timeout_s": 0}]}, "experts.0.timeout_s"),
         ({"experts": [{**EXPERT, "max_retries": -1}]}, "experts.0.max_retries"),
+        ({"experts": [{**EXPERT, "max_in_flight": 0}]}, "experts.0.max_in_flight"),
+        ({"experts": [{**EXPERT, "base_url": []}]}, "`base_url` is an empty list"),
+        ({"experts": [{**EXPERT, "base_url": ["http://a", "http://a/"]}]}, "`base_url` names an address twice"),
         ({"merge": {"rule": "mean"}}, "merge.rule.*'mean'"),
         ({"merge": {"product_scale": -1}}, "merge.product_scale"),
         ({"cache": {"max_bytes": -1}}, "cache.max_bytes"),
@@ -117,6 +120,25 @@ def test_error_names_the_source() -> None:
     """The file stands in front of the message."""
     with pytest.raises(ConfigError, match=r"^here: "):
         parse_config({}, source="here")
+
+
+def test_an_expert_may_have_several_addresses() -> None:
+    """Each is an expert with the same place in the cache; one that is written as text stays what it is."""
+
+    def expert(base_url: object, **settings: object) -> ExpertConfig:
+        return parse_config({"experts": [{**EXPERT, "model": "m", "base_url": base_url, **settings}]}).experts[0]
+
+    alone = expert("http://a")
+    assert (alone.addresses, alone.replicas()) == (("http://a",), (alone,))
+    several = expert(["http://a", "http://b"])
+    assert several.addresses == ("http://a", "http://b")
+    assert [(one.base_url, one.identity) for one in several.replicas()] == [
+        ("http://a", "http://a m"),
+        ("http://b", "http://a m"),
+    ]
+    assert {one.identity for one in expert(["http://a", "http://b"], identity="own").replicas()} == {"own"}
+    nowhere = parse_config({"experts": [EXPERT]}).experts[0]
+    assert (nowhere.addresses, nowhere.replicas()) == ((), (nowhere,))
 
 
 def test_presets_may_name_dimensions_experts_and_unserved_dimensions() -> None:

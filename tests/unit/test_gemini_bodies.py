@@ -9,10 +9,10 @@ import pytest
 
 from mope_bb.config import parse_config
 from mope_bb.errors import ContextLengthError, LogprobsUnavailableError, MalformedResponseError, MopeError, RequestError
+from mope_bb.failures import classify_status
 from mope_bb.providers import gemini
 from mope_bb.providers.endpoint import Ask, build_from_reply
 from mope_bb.providers.wire import PieceReader, Reply
-from mope_bb.transport import classify_status
 from mope_bb.types import END, Message, Piece, TokenDistribution
 
 
@@ -121,10 +121,10 @@ def test_key_stands_in_a_header(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of its own, not as a bearer's, and never in the address."""
     monkeypatch.setenv("GOOGLE_KEY", "secret")
     table = {"name": "e", "provider": "gemini", "model": "gemini-2.5-flash", "api_key_env": "GOOGLE_KEY"}
-    client = gemini.open_expert(parse_config({"experts": [table]}).experts[0], None)._client._client
+    client = gemini.open_expert(parse_config({"experts": [table]}).experts[0], None)._client
+    assert client.base_url == "https://generativelanguage.googleapis.com/v1beta"
     assert client.headers["x-goog-api-key"] == "secret"
     assert "authorization" not in client.headers
-    assert str(client.base_url) == "https://generativelanguage.googleapis.com/v1beta/"
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,8 @@ from torch import Tensor
 from transformers import (
     BertConfig,
     BertForTokenClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForTokenClassification,
@@ -23,9 +25,9 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from mope_bb import inference
 from mope_bb.errors import ConfigError
 from mope_bb.inference import SHORT_STEP, BatchedModel, choose_device
+from mope_bb.slots import MIN_CAPACITY
 
 VOCAB = 97
 SIZES: dict[str, Any] = {
@@ -69,14 +71,25 @@ def qwen_mixed() -> Any:
     return seeded(lambda: Qwen2ForCausalLM(config))
 
 
+def gpt2() -> Any:
+    """Learned positions: there is none beyond the 64th."""
+    config = GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.2)
+    return seeded(lambda: GPT2LMHeadModel(config))
+
+
 every_model = pytest.mark.parametrize("build", [llama, mistral, qwen, qwen_mixed])
 
 
 @torch.inference_mode()
-def plain(model: Any, ids: Sequence[int]) -> Tensor:
-    """The last row of the model's own forward, without any cache."""
-    found: Tensor = model(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0, -1].float()
+def plain_rows(model: Any, ids: Sequence[int]) -> Tensor:
+    """All rows of the model's own forward, without any cache."""
+    found: Tensor = model(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0].float()
     return found
+
+
+def plain(model: Any, ids: Sequence[int]) -> Tensor:
+    """The last of them."""
+    return plain_rows(model, ids)[-1]
 
 
 @pytest.fixture
@@ -91,6 +104,25 @@ def start() -> Iterator[Callable[..., BatchedModel]]:
     yield build
     for runner in opened:
         runner.close()
+
+
+Ask = tuple[Sequence[int], int, int]
+"""The arguments of `rows`: ids, how many rows, how many ids are settled."""
+
+
+def rows_together(runner: BatchedModel, asks: Sequence[Ask]) -> list[Tensor]:
+    """Ask for several rows of each at once."""
+
+    async def run() -> list[Tensor]:
+        return await asyncio.gather(*(runner.rows(ids, count, num_settled=settled) for ids, count, settled in asks))
+
+    return asyncio.run(run())
+
+
+def check_rows(model: Any, asks: Sequence[Ask], found: Sequence[Tensor]) -> None:
+    """They are those of the plain forward."""
+    for (ids, count, _), rows in zip(asks, found, strict=True):
+        torch.testing.assert_close(rows, plain_rows(model, ids)[-count:], rtol=1e-4, atol=1e-4)
 
 
 def together(runner: BatchedModel, requests: Sequence[Sequence[int]]) -> list[Tensor]:
@@ -159,6 +191,58 @@ def test_interleaved_answers(build: Callable[[], Any], start: Callable[..., Batc
 
 
 @every_model
+@pytest.mark.parametrize("seed", range(3))
+def test_interleaved_drafts(build: Callable[[], Any], start: Callable[..., BatchedModel], seed: int) -> None:
+    """Answers that grow by what is kept of drafts, at random turns: at every position the row is right."""
+    model, generator = build(), random.Random(seed)
+    runner = start(model, num_slots=4)
+
+    def draft() -> list[int]:
+        return [generator.randrange(VOCAB) for _ in range(generator.choice((0, 1, 3, 8, 20)))]
+
+    answers = [[generator.randrange(VOCAB) for _ in range(generator.randint(1, 30))] for _ in range(4)]
+    for _ in range(20):
+        chosen = generator.sample(range(4), generator.randint(1, 4))
+        asks = []
+        for index in chosen:
+            drafted = [*answers[index], *draft()]
+            asks.append((drafted, len(drafted) - len(answers[index]) + 1, len(answers[index])))
+            kept = drafted[: generator.randint(len(answers[index]), len(drafted))]
+            answers[index] = [*kept, generator.randrange(VOCAB)]
+        check_rows(model, asks, rows_together(runner, asks))
+
+
+def test_a_rejected_draft_stays_in_its_slot(start: Callable[..., BatchedModel]) -> None:
+    """However often an answer's draft is contradicted, it costs what is new, and a neighbour is not forgotten."""
+    model, generator = llama(), random.Random(4)
+    runner = start(model, num_slots=2)
+    one, other = ([generator.randrange(VOCAB) for _ in range(50)] for _ in range(2))
+    together(runner, [one, other])
+    for _ in range(5):
+        draft = [generator.randrange(VOCAB) for _ in range(6)]
+        before = runner.num_ids_computed
+        ask = ([*one, *draft], 7, len(one))
+        check_rows(model, [ask], rows_together(runner, [ask]))
+        assert runner.num_ids_computed - before == 7  # the last settled id is read again for its row
+        # One drafted id is kept, and another one follows.
+        one = [*one, draft[0], (draft[1] + 1) % VOCAB]
+    before = runner.num_ids_computed
+    check(model, [[*other, 5]], together(runner, [[*other, 5]]))
+    assert runner.num_ids_computed - before == 1
+
+
+def test_rows_of_what_is_computed_already(start: Callable[..., BatchedModel]) -> None:
+    """Several rows at the end of a known sequence are computed again: those positions, not the ones before."""
+    model = qwen_mixed()
+    runner = start(model)
+    ids = list(range(1, 60))
+    together(runner, [ids])
+    before = runner.num_ids_computed
+    check_rows(model, [(ids, 9, 59)], rows_together(runner, [(ids, 9, 59)]))
+    assert runner.num_ids_computed - before == 9
+
+
+@every_model
 def test_more_answers_than_slots(build: Callable[[], Any], start: Callable[..., BatchedModel]) -> None:
     """Nine answers share three slots: slower, never wrong."""
     model, generator = build(), random.Random(5)
@@ -177,7 +261,7 @@ def test_capacity_grows(build: Callable[[], Any], start: Callable[..., BatchedMo
     long, short = [generator.randrange(VOCAB) for _ in range(100)], [3, 1, 4]
     check(model, [long, short], together(runner, [long, short]))
     long += [generator.randrange(VOCAB) for _ in range(200)]
-    assert len(long) > 2 * inference.MIN_CAPACITY
+    assert len(long) > 2 * MIN_CAPACITY
     before = runner.num_ids_computed
     check(model, [long, [*short, 1]], together(runner, [long, [*short, 1]]))
     assert runner.num_ids_computed - before == 201
@@ -236,24 +320,66 @@ def test_requests_that_wait_travel_together(start: Callable[..., BatchedModel]) 
     for n in range(10, 90, 10):
         together(runner, [[n, n + 1, n + 2, 5]])
     assert runner.num_forwards - before == len(requests)
+    assert runner.busy_s > 0
 
 
-def test_mixed_lengths_travel_together(start: Callable[..., BatchedModel]) -> None:
-    """Short steps of different widths share one padded forward; a long prompt runs alone; all rows are right."""
-    model = mistral()
-    runner = start(model, num_slots=8)
-    requests = [[5], [6, 7], list(range(8, 8 + SHORT_STEP)), list(range(20, 60)), [9, 9, 9]]
+def travelling(runner: BatchedModel, requests: Sequence[Sequence[int]]) -> tuple[list[Tensor], int]:
+    """The rows of requests that wait together, and the number of their forwards."""
 
-    async def run() -> list[Tensor]:
+    async def run() -> tuple[list[Tensor], int]:
         held = Held(runner)
         asked = await held.ask(requests)
         before = runner.num_forwards
         held.release()
         _, *rows = await asyncio.gather(*asked)
-        assert runner.num_forwards - before == 3
-        return rows
+        return rows, runner.num_forwards - before - 1  # the held one
 
-    check(model, requests, asyncio.run(run()))
+    return asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("num_ids", "num_forwards"),
+    [
+        ([1, 2, 8, 3], 1),
+        ([20, 30, 25], 1),
+        ([1, 1, 1, 1, 30], 2),  # four single ids do not wait for a draft, nor are they padded to it
+        ([1, 2, SHORT_STEP + 1, SHORT_STEP + 2], 3),  # prompts run alone
+    ],
+)
+def test_similar_lengths_travel_together(
+    start: Callable[..., BatchedModel], num_ids: list[int], num_forwards: int
+) -> None:
+    """Steps of different widths share padded forwards where the padding is cheap; all rows are right."""
+    model, generator = mistral(), random.Random(1)
+    requests = [[generator.randrange(VOCAB) for _ in range(num)] for num in num_ids]
+    rows, found = travelling(start(model, num_slots=8), requests)
+    check(model, requests, rows)
+    assert found == num_forwards
+
+
+def test_one_prompt_that_waits_twice_is_read_once(start: Callable[..., BatchedModel]) -> None:
+    """Two answers to one long prompt, asked for together: the second takes over what the first has computed."""
+    model = llama()
+    runner = start(model, num_slots=4)
+    prompt = list(range(SHORT_STEP + 10))
+    rows, _ = travelling(runner, [prompt, prompt])
+    check(model, [prompt, prompt], rows)
+    assert runner.num_ids_computed == 1 + len(prompt) + 1  # the held one in front, one id behind
+    both = [[*prompt, 7], [*prompt, 8]]
+    check(model, both, together(runner, both))
+    assert runner.num_ids_computed == 1 + len(prompt) + 1 + 2
+
+
+def test_padding_at_the_last_position(start: Callable[..., BatchedModel]) -> None:
+    """A row that ends where the model's learned positions end is padded beyond them beside a longer step."""
+    model, generator = gpt2(), random.Random(2)
+    runner = start(model, num_slots=4)
+    full, short = ([generator.randrange(VOCAB) for _ in range(num)] for num in (63, 5))
+    check(model, [full, short], together(runner, [full, short]))
+    requests = [[*full, 1], [*short, *range(12)]]
+    rows, num_forwards = travelling(runner, requests)
+    check(model, requests, rows)
+    assert num_forwards == 1
 
 
 def test_a_cancelled_request_does_not_disturb_others(start: Callable[..., BatchedModel]) -> None:
@@ -336,8 +462,12 @@ def test_close_cancels_or_answers_everyone_who_waits(
 
 def test_no_ids_are_refused(start: Callable[..., BatchedModel]) -> None:
     """There is no row after nothing."""
+    runner = start(llama())
     with pytest.raises(ValueError, match="at least one id"):
-        together(start(llama()), [[]])
+        together(runner, [[]])
+    for count in (0, 3):
+        with pytest.raises(ValueError, match=f"2 ids cannot give {count} rows"):
+            rows_together(runner, [([1, 2], count, 2)])
 
 
 def test_an_encoder_is_refused() -> None:
@@ -396,17 +526,19 @@ def test_new_weights_between_two_forwards() -> None:
         return "new"
 
     async def run() -> list[tuple[Tensor, str]]:
-        first = await runner.marked_row(ids[:-1])
-        before, _, after = await asyncio.gather(runner.marked_row(ids[:-1]), runner.swap(load), runner.marked_row(ids))
+        first = await runner.marked_rows(ids[:-1], 1)
+        before, _, after = await asyncio.gather(
+            runner.marked_rows(ids[:-1], 1), runner.swap(load), runner.marked_rows(ids, 1)
+        )
         return [first, before, after]
 
     try:
         expected_before = plain(model, ids[:-1])
         first, before, after = asyncio.run(run())
         assert [mark for _, mark in (first, before, after)] == ["old", "old", "new"]
-        torch.testing.assert_close(first[0], expected_before, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(before[0], expected_before, rtol=1e-4, atol=1e-4)
-        check(model, [ids], [after[0]])
+        torch.testing.assert_close(first[0][0], expected_before, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(before[0][0], expected_before, rtol=1e-4, atol=1e-4)
+        check(model, [ids], list(after[0]))
         with pytest.raises(ZeroDivisionError):
             asyncio.run(runner.swap(lambda: 1 // 0))
     finally:

@@ -17,9 +17,19 @@ from mope_bb.errors import (
     MalformedResponseError,
     ProviderError,
 )
-from mope_bb.providers.llamacpp import FORCE_BIAS, build_request, parse_response
-from mope_bb.transport import classify_status
-from mope_bb.types import END, TokenDistribution
+from mope_bb.failures import classify_status
+from mope_bb.providers.endpoint import Ask
+from mope_bb.providers.llamacpp_wire import (
+    FORCE_BIAS,
+    build_own_request,
+    build_request,
+    build_score_request,
+    can_be_forced,
+    parse_draft,
+    parse_response,
+)
+from mope_bb.providers.wire import PieceReader, Reply
+from mope_bb.types import END, Piece, TokenDistribution
 
 BODIES = Path(__file__).parent / "bodies"
 
@@ -92,10 +102,12 @@ def test_end_is_known_by_its_id() -> None:
 
 def test_another_token_without_bytes_is_not_the_end() -> None:
     """Control tokens have no bytes either, but do not end the answer."""
-    found = parse(load("normal"))
-    silent = [piece for piece in found.pieces if not piece.data]
-    assert silent
-    assert END not in silent
+    document = load("with_end")
+    wire = document["reply"]["completion_probabilities"][0]["top_logprobs"]
+    others = {entry["id"] for entry in wire if not entry["bytes"]} - {document["facts"]["end_id"]}
+    assert others
+    found = parse(document, top_k=1000)
+    assert {piece.token_id for piece in found.pieces if not piece.data and piece != END} == others
 
 
 def test_several_end_ids_of_one_reply_add_up() -> None:
@@ -225,3 +237,97 @@ def test_zero_probability_is_dropped() -> None:
     found = parse(document, reply=reply)
     assert len(found.pieces) == 19
     assert gone["id"] not in [piece.token_id for piece in found.pieces]
+
+
+def draft_of(document: dict[str, Any], reply: Any = None) -> Reply:
+    """The recorded draft, or `reply` in its place."""
+    facts = document["facts"]
+    reader = PieceReader(None, end_ids={facts["end_id"]})
+    return parse_draft(document["reply"] if reply is None else reply, reader, num_ids=facts["num_ids"], expert="short")
+
+
+@pytest.mark.parametrize(("name", "temperature"), [("draft", 1.0), ("draft_half", 4.0)])
+def test_a_draft_is_asked_for_with_nothing_filtered(name: str, temperature: float) -> None:
+    """The recorded request: the temperature is the only sampler, whatever the server was started with."""
+    sent = load(name)["sent"]
+    ask = Ask(3, num_tokens=sent["n_predict"], temperature=temperature, seed=sent["seed"])
+    assert sent == build_own_request([sent["prompt"]], ask)
+    assert sent["samplers"] == ["temperature"]
+    assert sent["logit_bias"] == []
+    assert "seed" not in build_own_request([[1]], Ask(3, 8, 1.0))
+
+
+def test_a_draft() -> None:
+    """All positions up to the end, each with what was drawn and its logprob."""
+    document = load("draft")
+    found = draft_of(document)
+    assert found.unlisted is None
+    assert [position.drawn and position.drawn.token_id for position in found.positions[:-1]] == document["reply"][
+        "tokens"
+    ][:-1]
+    assert found.positions[-1].drawn == END
+    wired = [position["logprob"] for position in document["reply"]["completion_probabilities"]]
+    assert [position.drawn_logprob for position in found.positions] == wired
+
+
+def test_a_draft_ends_before_half_a_character() -> None:
+    """The third list of six is missing, so what stands in its place is the fourth: only two are certain."""
+    document = load("draft_half")
+    tokens = document["reply"]["tokens"]
+    assert len(document["reply"]["completion_probabilities"]) == len(tokens) - 1
+    found = draft_of(document)
+    assert [position.drawn and position.drawn.token_id for position in found.positions] == tokens[:2]
+    assert found.unlisted is not None
+    assert found.unlisted.token_id == tokens[2]
+
+
+@pytest.mark.parametrize(
+    ("mutate", "expected"),
+    [
+        (set_field("tokens", []), LogprobsUnavailableError),
+        (set_field("tokens", None), LogprobsUnavailableError),
+        (set_field("tokens", 3), MalformedResponseError),
+        (set_field("tokens", ["x"]), MalformedResponseError),
+        (lambda reply: reply["completion_probabilities"][0].pop("id"), MalformedResponseError),
+        (lambda reply: reply["completion_probabilities"][0].update(logprob="x"), MalformedResponseError),
+    ],
+)
+def test_damaged_drafts(mutate: Callable[[dict[str, Any]], None], expected: type[ProviderError]) -> None:
+    """Without the ids of what was drawn nothing is certain."""
+    document = load("draft")
+    reply = copy.deepcopy(document["reply"])
+    mutate(reply)
+    with pytest.raises(expected) as caught:
+        draft_of(document, reply)
+    assert type(caught.value) is expected
+
+
+def test_a_draft_is_scored_by_forcing_it() -> None:
+    """The recorded request forces what it names; the lists are raw, those of the model."""
+    document = load("scored")
+    tokens = document["reply"]["tokens"]
+    assert document["sent"] == build_score_request(document["sent"]["prompt"], tokens, top_k=3)
+    scored = [position["top_logprobs"] for position in document["reply"]["completion_probabilities"]]
+    drafted = [position["top_logprobs"] for position in load("draft")["reply"]["completion_probabilities"]]
+    assert len(scored) == len(tokens)
+    for one, other in zip(scored, drafted, strict=False):
+        assert {entry["id"]: entry["logprob"] for entry in one} == pytest.approx(
+            {entry["id"]: entry["logprob"] for entry in other}, abs=0.02
+        )
+
+
+def test_tokens_that_come_again_are_biased_by_their_first_place() -> None:
+    """One bias for each token, the first the highest, all above what a model says."""
+    sent = build_score_request([1, 2], [7, 8, 7, 9], top_k=3)
+    assert sent["logit_bias"] == [[7, 4000.0], [8, 3000.0], [9, 1000.0]]
+    assert sent["grammar"] == "root ::= <[7]> <[8]> <[7]> <[9]>"
+    assert sent["presence_penalty"] > 4000.0
+
+
+@pytest.mark.parametrize(
+    ("data", "can"),
+    [(b" bike", True), ("é".encode(), True), (b"\xc3", False), (b"\xa9", False), (b"", False), (b"\0", False)],
+)
+def test_what_a_grammar_lets_through(data: bytes, can: bool) -> None:
+    """Whole characters; anything else would end the request with status 500."""
+    assert can_be_forced(Piece(data, 5)) is can

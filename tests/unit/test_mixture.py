@@ -14,13 +14,14 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mope_bb.errors import AlignmentError, ConfigError
+from mope_bb.errors import ConfigError
+from mope_bb.pcm.alignment import align
 from mope_bb.pcm.features import FEATURES, expert_features
 from mope_bb.pcm.gates import LinearGate
 from mope_bb.pcm.merging import Plan, merge_step
-from mope_bb.pcm.mixture import MergeRule, align, build_rule, carriers, fill_missing, missed_mass
+from mope_bb.pcm.mixture import MergeRule, build_rule, carriers, fill_missing, missed_mass
 from mope_bb.providers.base import build_distribution
-from mope_bb.types import END, Piece, TokenDistribution
+from mope_bb.types import Piece, TokenDistribution
 
 RULES = (MergeRule("linear"), MergeRule("geometric"), MergeRule("product", plausibility=0.0))
 every_rule = pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
@@ -302,64 +303,15 @@ def test_gradient_is_finite_where_lists_differ() -> None:
     assert bool(torch.isfinite(scores.grad).all())
 
 
-def listing(*entries: tuple[Piece, float], vocab_size: int | None = None) -> TokenDistribution:
-    """A list with the given probabilities."""
-    return TokenDistribution(
-        tuple(piece for piece, _ in entries), tuple(math.log(p) for _, p in entries), vocab_size=vocab_size
-    )
-
-
-A, B, C = Piece(b"a", 5), Piece(b"b", 3), Piece(b"c", 9)
-
-
-def test_align_orders_by_id_and_marks_what_is_missing() -> None:
-    """Candidates are the union in the order of ids; -inf stands where an expert did not list one."""
-    found = align([listing((A, 0.5), (B, 0.25)), listing((C, 0.5))])
-    assert found.pieces == (B, A, C)
-    assert found.logprobs == ((math.log(0.25), math.log(0.5), -math.inf), (-math.inf, -math.inf, math.log(0.5)))
-    assert found.tails == pytest.approx((0.25, 0.5))
-    assert found.floors == pytest.approx((math.log(0.25), math.log(0.5)))
-
-
-def test_align_merges_end_of_experts_with_different_end_ids() -> None:
-    """END is one candidate, though one expert calls it 1 and another 2."""
-    lists = [
-        build_distribution([(Piece(b"", 1), -1.0), (A, -2.0)], top_k=5, end_ids=(1,), vocab_size=None, expert="x"),
-        build_distribution([(Piece(b"", 2), -0.5), (A, -3.0)], top_k=5, end_ids=(2,), vocab_size=None, expert="y"),
-    ]
-    found = align(lists)
-    assert found.pieces == (END, A)
-    assert found.logprobs == ((-1.0, -2.0), (-0.5, -3.0))
-
-
-def test_align_refuses_other_bytes_for_one_id() -> None:
-    """One id with two meanings says that the tokenizers differ."""
-    with pytest.raises(AlignmentError, match=r"token 5 is b'a' for one expert.* b'z' for another"):
-        align([listing((A, 0.5)), listing((Piece(b"z", 5), 0.5))])
-
-
-def test_align_refuses_ids_mixed_with_bytes() -> None:
-    """Experts that tell ids cannot be merged with experts that only tell bytes."""
-    with pytest.raises(AlignmentError, match="ids"):
-        align([listing((A, 0.5)), listing((Piece(b"a"), 0.5))])
-
-
-def test_align_takes_bytes_only() -> None:
-    """Experts that all know bytes only merge by bytes."""
-    found = align([listing((Piece(b"y"), 0.5), (Piece(b"x"), 0.25)), listing((Piece(b"y"), 0.5))])
-    assert found.pieces == (Piece(b"x"), Piece(b"y"))
-
-
-def test_align_merges_bytes_only_with_an_end() -> None:
-    """END stands among bytes-only pieces as it does among ids: a scripted expert can end."""
-    found = align([listing((Piece(b"y"), 0.5), (END, 0.25)), listing((END, 0.5))])
-    assert set(found.pieces) == {END, Piece(b"y")}
-
-
-def test_align_refuses_no_lists() -> None:
-    """Nothing cannot be merged."""
-    with pytest.raises(AlignmentError, match="no distribution"):
-        align([])
+@pytest.mark.parametrize("score", [-80.0, -95.0, -2000.0])
+def test_gradient_is_finite_where_a_weight_is_nearly_zero(score: float) -> None:
+    """In float32 such a weight is tiny, then a subnormal number, then 0; only that expert lists the second piece."""
+    logprobs = torch.tensor([[-0.5, -1.0], [-0.2, -math.inf]])
+    scores = torch.tensor([score, 0.0], requires_grad=True)
+    weights = RULES[0].weights(torch.tensor([0.5, 0.5]).log(), scores)
+    for drawn in range(2):
+        (found,) = torch.autograd.grad(RULES[0].merge(logprobs, weights)[drawn], scores, retain_graph=True)
+        assert bool(torch.isfinite(found).all())
 
 
 @every_rule
@@ -411,10 +363,11 @@ def test_fill_missing_uses_each_experts_floor(rule: MergeRule) -> None:
 @pytest.mark.parametrize("vocab_size", [None, 1000])
 def test_product_survives_a_base_that_is_certain(vocab_size: int | None) -> None:
     """A base sure of one piece (sum 1 by rounding) must not turn what it did not list into the answer."""
-    base = TokenDistribution((A, B), (0.0, -20.0), vocab_size)  # probability 1 to float32's digits
-    styled = [TokenDistribution((A, C), (-1e-7, -18.0), vocab_size)] * 2
+    a, b, c = Piece(b"a", 5), Piece(b"b", 3), Piece(b"c", 9)
+    base = TokenDistribution((a, b), (0.0, -20.0), vocab_size)  # probability 1 to float32's digits
+    styled = [TokenDistribution((a, c), (-1e-7, -18.0), vocab_size)] * 2
     found = merge_step(plan_of(RULES[2], [0.5, 0.5]), [base, *styled], torch.zeros(2), LinearGate())
-    assert float(found.log_pi.exp()[found.candidates.pieces.index(A)]) > 0.99
+    assert float(found.log_pi.exp()[found.candidates.pieces.index(a)]) > 0.99
 
 
 def test_features_are_entropy_divergence_and_tail() -> None:

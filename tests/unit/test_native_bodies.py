@@ -80,8 +80,50 @@ def test_sglang_takes_lists_adapters_and_other_draws() -> None:
     """Each prompt is a list of its own; an adapter has a field of its own."""
     body = sglang.build_request([(1,), (2, 3)], Ask(5, num_tokens=4, temperature=0.5), adapter="kind")
     assert body["input_ids"] == [[1], [2, 3]]
-    assert body["sampling_params"] == {"max_new_tokens": 4, "temperature": 0.5}
+    assert body["sampling_params"] == {"max_new_tokens": 4, "temperature": 0.5, **sglang.NOTHING_FILTERED}
     assert body["lora_path"] == "kind"
+
+
+def test_sglang_scores_from_where_the_draft_begins() -> None:
+    """One token earlier, since the first row is always null; the prefix cache is used up to there."""
+    body = sglang.build_score_request((1, 2, 3), (7, 8), 5, "kind")
+    assert body == sglang.build_request([(1, 2, 3, 7, 8)], Ask(5), adapter="kind") | {"logprob_start_len": 2}
+
+
+# A draft of the tokens 99 and 7 after two ids of a prompt, scored.
+SCORED: dict[str, Any] = {
+    "prompt_tokens": 4,
+    "input_token_logprobs": [[None, 5, None], [-0.3, 99, None], [-5.0, 7, None]],
+    "input_top_logprobs": [None, [[-0.3, 99, None], [-2.0, 7, None]], [[-0.5, 8, None], [-1.5, 0, None]]],
+    "output_token_logprobs": [[-0.9, 6, None]],
+    "output_top_logprobs": [[[-0.9, 6, None], [-1.1, 8, None]]],
+}
+
+
+def test_sglang_scores(reader: PieceReader) -> None:
+    """The rows of the draft's tokens, and that of what comes after it."""
+    reply = sglang.parse_scores([with_meta(**SCORED)], (99, 7), reader, expert="e")
+    assert reply.prompt_tokens == 4
+    lists = [[piece.token_id for piece, _ in position.entries] for position in reply.positions]
+    assert lists == [[99, 7], [8, END.token_id], [6, 8]]
+
+
+@pytest.mark.parametrize(
+    ("values", "draft"),
+    [
+        ({}, (99, 8)),
+        ({}, (99,)),
+        ({"input_token_logprobs": []}, (99, 7)),
+        ({"input_token_logprobs": None}, (99, 7)),
+        ({"input_top_logprobs": [None, [[-0.3, 99, None]]]}, (99, 7)),
+        ({"input_top_logprobs": [None, None, [[-0.3, 99, None]]]}, (99, 7)),
+        ({"input_top_logprobs": None}, (99, 7)),
+    ],
+)
+def test_damaged_scores(values: dict[str, Any], draft: tuple[int, ...], reader: PieceReader) -> None:
+    """Rows of other tokens than those that were sent, or none, are malformed."""
+    with pytest.raises(MalformedResponseError):
+        sglang.parse_scores(with_meta(**{**SCORED, **values}), draft, reader, expert="e")
 
 
 def test_sglang_reply(reader: PieceReader) -> None:

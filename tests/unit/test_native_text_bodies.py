@@ -20,10 +20,10 @@ from mope_bb.errors import (
     ServerError,
     TopKError,
 )
+from mope_bb.failures import classify_status
 from mope_bb.providers import ollama, tgi
 from mope_bb.providers.endpoint import Ask, build_from_reply
 from mope_bb.providers.wire import PieceReader, Reply
-from mope_bb.transport import classify_status
 from mope_bb.types import END, TokenDistribution
 from mope_bb.zoo.build import Zoo
 

@@ -33,8 +33,9 @@ from mope_bb.errors import (
 )
 from mope_bb.openai_client import OpenAIClient, _WholeReplies, map_openai_error
 from mope_bb.transport import Endpoint
-from tests.unit.test_transport import EXPECTED as EXPECTED_OF_HTTPX
-from tests.unit.test_transport import Handler, exported_errors, reply, serving, serving_bytes
+from tests.unit.test_failures import EXPECTED as EXPECTED_OF_HTTPX
+from tests.unit.test_failures import exported_errors
+from tests.unit.test_transport import Handler, reply, serving, serving_bytes
 
 BODY: dict[str, Any] = {"model": "judge", "messages": [{"role": "user", "content": "Why?"}], "temperature": 0}
 COMPLETION: dict[str, Any] = {

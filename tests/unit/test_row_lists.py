@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from mope_bb.chat_tokenizer import ChatTokenizer
 from mope_bb.errors import AlignmentError, ContextLengthError, RequestError
+from mope_bb.pcm.alignment import align
 from mope_bb.pcm.heads import NoHead
 from mope_bb.pcm.local_sampler import LocalSampler
-from mope_bb.pcm.mixture import IMPOSSIBLE, align
+from mope_bb.pcm.mixture import IMPOSSIBLE
 from mope_bb.pcm.row_lists import END_KEY, NO_KEY, Feed, LocalModel, align_rows
 from mope_bb.providers.base import build_distribution
 from mope_bb.providers.local import load_model
@@ -63,7 +64,7 @@ def test_align_rows_equals_align(data: st.DataObject) -> None:
         assert candidates[b, :num_pieces].tolist() == [key_of(piece) for piece in expected.pieces]
         assert candidates[b, num_pieces:].tolist() == [NO_KEY] * (candidates.shape[1] - num_pieces)
         for place, n in enumerate(by_expert):
-            assert tuple(lists.logprobs[b, n, :num_pieces].tolist()) == expected.logprobs[place]
+            assert lists.logprobs[b, n, :num_pieces].tolist() == expected.logprobs[place].tolist()
             assert float(lists.floors[b, n]) == pytest.approx(expected.floors[place], rel=1e-6)
             assert float(lists.tails[b, n]) == pytest.approx(expected.tails[place], abs=1e-12)
         assert bool(torch.isneginf(lists.logprobs[b, :, num_pieces:]).all())

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mope_bb.errors import ConfigError
-from mope_bb.pcm.sampling import check_sampling, draw, shape_distribution
+from mope_bb.pcm.sampling import check_sampling, draw, draw_rows, shape_distribution
 from mope_bb.types import SamplingOptions
 
 CHI_SQUARE_999 = {2: 13.82, 5: 20.52}
@@ -89,6 +89,15 @@ def test_draw_inverts_the_cumulative_sum(weights: list[float], uniform: float) -
     index = draw(log_pi, uniform)
     below = math.fsum(probs[:index])
     assert below - 1e-12 <= uniform <= below + probs[index] + 1e-12
+
+
+@given(weights=weights_of, numbers=st.lists(uniforms, min_size=1, max_size=4))
+def test_rows_are_drawn_as_if_each_stood_alone(weights: list[float], numbers: list[float]) -> None:
+    """`draw_rows` is `draw` for every row, with padding behind."""
+    log_pi = log_of(weights)
+    rows = torch.nn.functional.pad(log_pi, (0, 2), value=-torch.inf).expand(len(numbers), -1)
+    found = draw_rows(rows, torch.tensor(numbers, dtype=torch.float64))
+    assert found.tolist() == [draw(log_pi, number) for number in numbers]
 
 
 @given(weights=weights_of, uniform=uniforms)

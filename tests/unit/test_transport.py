@@ -1,16 +1,13 @@
-"""HTTP: which failure becomes which error, and how the client behaves before a server that fails in every way."""
+"""HTTP: how the client behaves before a server that fails in every way, or that is asked by many at once."""
 
 from __future__ import annotations
 
 import asyncio
-import email.utils
 import gzip
-import inspect
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
-import httpx
 import pytest
 from aiohttp import web
 
@@ -20,7 +17,6 @@ from mope_bb.errors import (
     BrokenReplyError,
     ConfigError,
     ContextLengthError,
-    LogprobsUnavailableError,
     MalformedResponseError,
     ProviderConnectionError,
     ProviderError,
@@ -29,126 +25,8 @@ from mope_bb.errors import (
     RequestError,
     ServerError,
 )
-from mope_bb.transport import HttpClient, classify_status, map_httpx_error, parse_retry_after
-
-EXPECTED: dict[type[httpx.HTTPError], type[ProviderError]] = {
-    httpx.HTTPError: RequestError,
-    httpx.RequestError: RequestError,
-    httpx.TransportError: RequestError,
-    httpx.TimeoutException: ProviderTimeoutError,
-    httpx.ConnectTimeout: ProviderConnectionError,
-    httpx.ReadTimeout: ProviderTimeoutError,
-    httpx.WriteTimeout: ProviderTimeoutError,
-    httpx.PoolTimeout: ProviderTimeoutError,
-    httpx.NetworkError: ProviderConnectionError,
-    httpx.ConnectError: ProviderConnectionError,
-    httpx.ReadError: ProviderConnectionError,
-    httpx.WriteError: ProviderConnectionError,
-    httpx.CloseError: ProviderConnectionError,
-    httpx.ProtocolError: RequestError,
-    httpx.LocalProtocolError: RequestError,
-    httpx.RemoteProtocolError: ProviderConnectionError,
-    httpx.ProxyError: ProviderConnectionError,
-    httpx.UnsupportedProtocol: RequestError,
-    httpx.DecodingError: MalformedResponseError,
-    httpx.TooManyRedirects: RequestError,
-    httpx.HTTPStatusError: RequestError,
-}
-
-
-def exported_errors() -> list[type[httpx.HTTPError]]:
-    """Every public exception of httpx that a request can raise."""
-    found = (getattr(httpx, name) for name in httpx.__all__)
-    return [value for value in found if inspect.isclass(value) and issubclass(value, httpx.HTTPError)]
-
-
-@pytest.mark.parametrize("kind", exported_errors(), ids=lambda kind: kind.__name__)
-def test_every_httpx_error_is_mapped(kind: type[httpx.HTTPError]) -> None:
-    """Each exception of httpx becomes one specific error, and one that httpx adds fails here until it is decided."""
-    request = httpx.Request("POST", "http://x/y")
-    if kind is httpx.HTTPStatusError:
-        error: httpx.HTTPError = httpx.HTTPStatusError("what", request=request, response=httpx.Response(500))
-    else:
-        error = kind("what")
-    assert kind in EXPECTED, f"httpx has a new exception {kind.__name__}: decide what it becomes"
-    found, message = map_httpx_error(error, "http://x/y")
-    assert found is EXPECTED[kind]
-    assert "http://x/y" in message
-    assert "what" in message
-
-
-def test_error_without_a_message_is_named_by_its_class() -> None:
-    """Some exceptions of httpx are silent; the message then says their class."""
-    assert map_httpx_error(httpx.ReadTimeout(""), "http://x")[1].endswith("ReadTimeout")
-
-
-@pytest.mark.parametrize(
-    ("status", "body", "expected"),
-    [
-        (400, b"", RequestError),
-        (401, b"", AuthenticationError),
-        (402, b"", RequestError),
-        (403, b"", AuthenticationError),
-        (404, b"", RequestError),
-        (408, b"", ServerError),
-        (409, b"", ServerError),
-        (413, b"", RequestError),
-        (422, b"", RequestError),
-        (429, b"slow down", RateLimitError),
-        (429, b'{"error": {"code": "insufficient_quota"}}', RequestError),
-        (500, b"", ServerError),
-        (501, b"", RequestError),
-        (502, b"", ServerError),
-        (503, b"loading model", ServerError),
-        (504, b"", ServerError),
-        (529, b"", ServerError),
-        (301, b"", RequestError),
-        (307, b"", RequestError),
-        (204, b"", RequestError),
-        (400, b'{"error": {"type": "exceed_context_size_error"}}', ContextLengthError),
-        (400, b"This model's maximum context length is 4096 tokens", ContextLengthError),
-        (400, b"Input length exceeds the limit", ContextLengthError),
-        (400, b"logprobs is not enabled for this model", LogprobsUnavailableError),
-        (400, b"logprobs are not supported", LogprobsUnavailableError),
-        (403, b"You are not allowed to request logprobs from this model", LogprobsUnavailableError),
-        (400, b"\xff\xfe", RequestError),
-    ],
-)
-def test_statuses(status: int, body: bytes, expected: type[ProviderError]) -> None:
-    """Each status, with the words of the body where they matter, is one error."""
-    assert classify_status(status, body)[0] is expected
-
-
-NOW = 1_700_000_000.0
-
-
-@pytest.mark.parametrize(
-    ("headers", "expected"),
-    [
-        ({}, None),
-        ({"retry-after": "3"}, 3.0),
-        ({"retry-after": "0"}, 0.0),
-        ({"retry-after": "1.5"}, 1.5),
-        ({"retry-after": "-3"}, 0.0),
-        ({"retry-after-ms": "250"}, 0.25),
-        ({"retry-after-ms": "-1"}, 0.0),
-        ({"retry-after-ms": "250", "retry-after": "9"}, 0.25),
-        ({"retry-after-ms": "soon", "retry-after": "9"}, 9.0),
-        ({"retry-after": email.utils.formatdate(NOW + 7, usegmt=True)}, 7.0),
-        ({"retry-after": email.utils.formatdate(NOW - 7, usegmt=True)}, 0.0),
-        ({"retry-after": "soon"}, None),
-        ({"retry-after": ""}, None),
-        ({"retry-after": "nan"}, None),
-        ({"retry-after": "inf"}, None),
-        ({"retry-after": "1e400"}, None),
-        ({"retry-after": "Mon, 99 Foo 2026 99:99:99 GMT"}, None),
-        ({"retry-after": "Mon, 01 Jan 0001 00:00:00 +2359"}, 0.0),
-    ],
-)
-def test_retry_after(headers: dict[str, str], expected: float | None) -> None:
-    """Milliseconds, seconds and dates are read; nonsense is as good as no header; never negative."""
-    found = parse_retry_after(httpx.Headers(headers), now=lambda: NOW)
-    assert found == (None if expected is None else pytest.approx(expected))
+from mope_bb.limits import MAX_RETRY_AFTER_S
+from mope_bb.transport import HttpClient
 
 
 @pytest.mark.parametrize("base_url", ["localhost:80", "ftp://x", "http://", "", "x y", "http://x:port", "http://\x00"])
@@ -280,8 +158,8 @@ def test_retry_waits_as_long_as_the_server_asks(monkeypatch: pytest.MonkeyPatch)
         return 0.0
 
     monkeypatch.setattr(transport, "_wait_before_retry", recorded)
-    assert ask([reply(429, retry_after="7"), reply(503, retry_after_ms="1e8"), reply()])[1] == 3
-    assert waits == [7.0, transport.MAX_RETRY_AFTER_S]
+    assert ask([reply(503, retry_after="7"), reply(503, retry_after_ms="1e8"), reply()])[1] == 3
+    assert waits == [7.0, MAX_RETRY_AFTER_S]
 
 
 @pytest.mark.parametrize(
@@ -332,6 +210,7 @@ def test_server_errors_until_retries_are_exhausted(max_retries: int) -> None:
         (reply(200, b"<html>hello</html>"), MalformedResponseError),
         (reply(200, b'"\xff"'), MalformedResponseError),
         (reply(200, b"no gzip at all", content_encoding="gzip"), MalformedResponseError),
+        (reply(200, b"{}", content_encoding="br"), MalformedResponseError),
     ],
 )
 def test_final_errors_are_not_retried(handler: Handler, expected: type[ProviderError]) -> None:
@@ -492,6 +371,91 @@ def test_cancellation_is_not_retried_and_closes_the_connection() -> None:
                 # The client is still open: it is the request's own connection that is closed.
                 await asyncio.wait_for(closed.wait(), 5)
                 assert (num_connections, client.num_requests) == (1, 1)
+
+    asyncio.run(run())
+
+
+def test_a_key_and_a_user_name_are_refused() -> None:
+    """Both would stand in the same header."""
+    with pytest.raises(ConfigError, match="user name"):
+        HttpClient("http://me:secret@localhost", provider="p", expert="short", api_key="sk-1")
+
+
+def test_many_at_once_wait_for_their_turn() -> None:
+    """No more requests, nor connections, at a time than allowed; those that wait succeed as well."""
+    peers: set[tuple[str, int]] = set()
+    running = most = 0
+
+    async def run() -> None:
+        all_there = asyncio.Event()
+
+        async def handler(request: web.BaseRequest) -> web.StreamResponse:
+            nonlocal running, most
+            assert request.transport is not None
+            peers.add(request.transport.get_extra_info("peername"))
+            running += 1
+            most = max(most, running)
+            if running == 8:
+                all_there.set()
+            await all_there.wait()
+            running -= 1
+            return web.json_response(await request.json())
+
+        async with serving(handler) as url, make_client(url, max_in_flight=8, max_retries=0) as client:
+            found = await asyncio.gather(*(client.post_json("/completion", {"n": n}) for n in range(300)))
+        assert found == [{"n": n} for n in range(300)]
+
+    asyncio.run(run())
+    assert (most, len(peers)) == (8, 8)
+
+
+def test_retry_after_holds_new_requests_back_until_their_deadline() -> None:
+    """After a 429 that asks to wait nobody else is sent meanwhile, and who cannot wait so long is told why."""
+
+    async def run() -> None:
+        seen = 0
+
+        async def handler(request: web.BaseRequest) -> web.StreamResponse:
+            nonlocal seen
+            seen += 1
+            return await reply(429, retry_after="100")(request)
+
+        async with serving(handler) as url, make_client(url, timeout_s=0.2, max_retries=0) as client:
+            with pytest.raises(RateLimitError):
+                await client.get_json("/props")
+            with pytest.raises(
+                ProviderTimeoutError, match=r"could not be asked within 0.2 s.* wait another (100|99) s"
+            ):
+                await client.get_json("/props")
+        assert seen == 1
+
+    asyncio.run(run())
+
+
+def test_cancellation_frees_the_place() -> None:
+    """Of a request under way and of one that waits: the next one is sent."""
+
+    async def run() -> None:
+        arrived = asyncio.Event()
+        seen = 0
+
+        async def handler(request: web.BaseRequest) -> web.StreamResponse:
+            nonlocal seen
+            seen += 1
+            if seen == 1:
+                arrived.set()
+                await asyncio.Event().wait()
+            return web.json_response(seen)
+
+        async with serving(handler) as url, make_client(url, max_in_flight=1) as client:
+            asking = asyncio.create_task(client.get_json("/props"))
+            await asyncio.wait_for(arrived.wait(), 5)
+            waiting, last = (asyncio.create_task(client.get_json("/props")) for _ in range(2))
+            await asyncio.sleep(0)
+            waiting.cancel()
+            asking.cancel()
+            assert await last == 2
+            assert client.num_requests == 2
 
     asyncio.run(run())
 

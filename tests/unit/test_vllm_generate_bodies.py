@@ -18,10 +18,10 @@ from mope_bb.errors import (
     MopeError,
     RequestError,
 )
+from mope_bb.failures import classify_status
 from mope_bb.providers import vllm_generate
 from mope_bb.providers.endpoint import Ask, build_from_reply
 from mope_bb.providers.wire import PieceReader, Reply
-from mope_bb.transport import classify_status
 from mope_bb.types import END, TokenDistribution
 from mope_bb.zoo.build import Zoo
 

@@ -1,0 +1,98 @@
+"""Llamas with random weights that behave like experts: one base for all, sure of some tokens and not of others."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+VOCAB_SIZE: Final = 8192
+CONTEXT: Final = 4096
+CONTROL_TOKENS: Final = ("<|end|>", "<|user|>", "<|assistant|>")
+TEMPLATE: Final = (
+    "{% for message in messages %}{{ '<|user|>' + message['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+NUM_TEMPLATE_IDS: Final = 2
+LAYERS: Final = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 4, "num_attention_heads": 8}
+
+
+def build_tokenizer() -> Any:
+    """A byte-level BPE of `VOCAB_SIZE` tokens: bytes, and pairs of them that begin with no letter."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    pairs = [(first, second) for first in alphabet if not first.isalpha() for second in alphabet]
+    pairs = pairs[: VOCAB_SIZE - len(CONTROL_TOKENS) - len(alphabet)]
+    vocab = {token: n for n, token in enumerate([*CONTROL_TOKENS, *alphabet, *map("".join, pairs)])}
+    assert len(vocab) == VOCAB_SIZE
+    bpe = Tokenizer(models.BPE(vocab=vocab, merges=pairs))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    bpe.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        eos_token=CONTROL_TOKENS[0],
+        pad_token=CONTROL_TOKENS[0],
+        additional_special_tokens=list(CONTROL_TOKENS[1:]),
+        chat_template=TEMPLATE,
+    )
+
+
+def save_experts(folder: Path, num_experts: int, **shape: Any) -> list[Path]:
+    """Folders of Llamas with the tokenizer; their distributions lie about 0.4 nats apart. None of them ever ends.
+
+    The weights are numbers of bfloat16, so that a program which loads them as such computes with the same.
+    """
+    tokenizer = build_tokenizer()
+    config = LlamaConfig(
+        **(LAYERS | {"vocab_size": VOCAB_SIZE, "max_position_embeddings": CONTEXT} | shape),
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    folders = [folder / f"expert-{n}" for n in range(num_experts)]
+    for seed, target in enumerate(folders):
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(0)
+            model = LlamaForCausalLM(config)
+            torch.manual_seed(1 + seed)
+            for parameter in model.parameters():
+                if parameter.ndim > 1:
+                    parameter.add_(0.05 * parameter.std() * torch.randn_like(parameter))
+            head = model.get_output_embeddings().weight
+            head.mul_(9.0)  # about 3 nats of entropy
+            head[tokenizer.eos_token_id] = 0.0
+            for parameter in model.parameters():
+                parameter.copy_(parameter.bfloat16())
+        model.save_pretrained(target)
+        tokenizer.save_pretrained(target)
+    return folders
+
+
+def local_experts(folders: Sequence[Path], *, top_k: int = 20) -> dict[str, Any]:
+    """The content of a configuration that runs them here."""
+    experts = [
+        {
+            "name": one.name,
+            "dimension": one.name,
+            "provider": "local",
+            "model": str(one),
+            "device": "cpu",
+            "top_k": top_k,
+        }
+        for one in folders
+    ]
+    return {
+        "experts": experts,
+        "dimensions": {one.name: {"text": one.name} for one in folders},
+        "cache": {"enabled": False},
+    }
+
+
+def prompt_of(num_ids: int, seed: int) -> str:
+    """A message that has `num_ids` ids when it is rendered: every letter is one."""
+    generator = random.Random(f"{num_ids} {seed}")
+    return "".join(generator.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(num_ids - NUM_TEMPLATE_IDS))

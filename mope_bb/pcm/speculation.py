@@ -1,0 +1,70 @@
+"""Testing a drafted piece against the merged distribution, so that what is kept has exactly that distribution.
+
+Draft and score (METHOD section 4; Leviathan et al., arXiv 2211.17192): a piece d drawn from q is kept with probability
+min(1, pi(d) / q(d)), else one is drawn from the positive part of pi - q. Under top-k q is known on the drafter's list
+only: given that d is on it, d comes from q renormalised there; a piece that is not on it is thrown away and one is
+drawn from pi.
+
+Shapes: E experts, C candidates, K entries of the drafter's list.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from mope_bb.pcm.sampling import draw
+from mope_bb.types import Candidates, DraftStep, TokenDistribution
+
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """The candidate that this position gets."""
+
+    index: int
+    is_kept: bool
+    """It is the drafted piece, so that the next position of the draft can be tested."""
+
+
+def verify(log_pi: Tensor, candidates: Candidates, step: DraftStep, uniforms: tuple[float, float]) -> Verdict:
+    """Keep the drafted piece or replace it; log pi (C) is what would be drawn from without a draft."""
+    pi = log_pi.exp().numpy()
+    if step.index is None:
+        return Verdict(draw(log_pi, uniforms[1]), is_kept=False)
+    columns = columns_of(candidates, step.distribution)
+    drafted = int(columns[step.index])
+    q = np.zeros_like(pi)
+    q[columns] = np.exp(np.array(step.log_q))
+    if uniforms[0] * q[drafted] < pi[drafted]:
+        return Verdict(drafted, is_kept=True)
+    positive = torch.from_numpy(np.maximum(pi - q, 0.0)).log()
+    return Verdict(draw(positive, uniforms[1]), is_kept=False)
+
+
+def columns_of(candidates: Candidates, distribution: TokenDistribution) -> npt.NDArray[np.intp]:
+    """Where each entry of a list stands among the candidates, (K)."""
+    place = {piece.key: column for column, piece in enumerate(candidates.pieces)}
+    return np.array([place[piece.key] for piece in distribution.pieces], dtype=np.intp)
+
+
+def agreement_row(log_pi: Floats, logprobs: Floats, temperature: float) -> Floats:
+    """(E + 1): how likely a draft of each expert is kept here, and how likely the experts' common favourite is drawn.
+
+    Drafts by expert i are kept with probability sum_v min(pi(v), q_i(v)), q_i its list, (E, C) in all, at the drafting
+    temperature. The last value is pi of the piece that every expert holds for the most probable, 0 where they differ.
+    """
+    pi = np.exp(log_pi)
+    best = logprobs.argmax(axis=1)
+    if temperature > 0.0:
+        q = np.exp((logprobs - logprobs.max(axis=1, keepdims=True)) / temperature)
+        kept = np.minimum(pi, q / q.sum(axis=1, keepdims=True)).sum(axis=1)
+    else:
+        kept = pi[best]
+    common = pi[best[0]] if (best == best[0]).all() else 0.0
+    return np.append(kept, common)

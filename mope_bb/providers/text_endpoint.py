@@ -1,0 +1,121 @@
+"""Experts behind HTTP whose endpoints take messages or text, and so know no token ids of an answer."""
+
+from __future__ import annotations
+
+import re
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Final
+
+import orjson
+
+from mope_bb.cache import DistributionCache, distribution_key
+from mope_bb.chat_tokenizer import ChatTokenizer, as_openai, refuse_control_token
+from mope_bb.errors import AlignmentError, PrefillError
+from mope_bb.providers.base import Capabilities, with_system
+from mope_bb.providers.endpoint import Ask, WireExpert, build_from_reply
+from mope_bb.providers.wire import Reply
+from mope_bb.types import Context, Message, Piece, TokenDistribution
+
+_LOOKS_LIKE_CONTROL: Final = re.compile(
+    r"<\|[^|<>\s]{1,40}\|>|</?s>|<(start|end)_of_(turn|utterance)>|<(eos|bos)>|\[/?INST\]"
+)
+"""Control tokens of the common model families: without a tokenizer the model's own are not known."""
+
+
+class TextEndpoint(WireExpert):
+    """An endpoint that takes messages or text: the answer so far is tokenized anew by the server at every question.
+
+    Without a tokenizer pieces are known by their bytes, and only experts of one model can be merged. The lists of a
+    draft are not kept: they hold for the tokens that were drawn, which the same text may not be made of.
+    """
+
+    whole_characters = True
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        capabilities: Capabilities,
+        identity: tuple[str, ...],
+        tokenizer: ChatTokenizer | None = None,
+        system: str | None = None,
+        cache: DistributionCache | None = None,
+    ) -> None:
+        self.name = name
+        self.capabilities = capabilities
+        self._identity = identity
+        self._tokenizer = tokenizer
+        self._system = system
+        self._cache = cache
+
+    @abstractmethod
+    async def ask_text(self, messages: Sequence[Message], answer: str, ask: Ask) -> Reply:
+        """One request; `messages` have the expert's own system prompt. Raises ProviderError."""
+
+    async def next_tokens(self, context: Context, *, top_k: int) -> TokenDistribution:
+        messages, answer = self._prompt(context)
+        if self._cache is None:
+            return await self._ask(messages, answer, top_k)
+        document = orjson.dumps([[as_openai(message) for message in messages], answer]).decode()
+        key = distribution_key(self._identity, document, top_k)
+        found = await self._cache.get(key)
+        if found is None:
+            found = await self._ask(messages, answer, top_k)
+            await self._cache.put(key, found)
+        return found
+
+    async def observe(self, context: Context, ask: Ask) -> Reply:
+        messages, answer = self._prompt(context)
+        return await self.ask_text(messages, answer, ask)
+
+    def render(self, messages: Sequence[Message], answer: str) -> str:
+        """The template as text with the answer so far, without the BOS that servers put before a text themselves."""
+        assert self._tokenizer is not None
+        rendered = self._tokenizer.render_chat(messages, expert=self.name)
+        return rendered.removeprefix(self._tokenizer.bos_text) + answer
+
+    def _prompt(self, context: Context) -> tuple[tuple[Message, ...], str]:
+        answer = self._text_of(context.response)
+        for message in context.messages:
+            refuse_control_token(self._control_token_in(message.content), expert=self.name)
+        if context.response and self.capabilities.prefill == "none":
+            raise PrefillError("this endpoint answers from the beginning and continues nothing", expert=self.name)
+        return with_system(context.messages, self._system), answer
+
+    def _control_token_in(self, text: str) -> str | None:
+        if self._tokenizer is not None:
+            return self._tokenizer.control_token_in(text)
+        found = _LOOKS_LIKE_CONTROL.search(text)
+        return None if found is None else found[0]
+
+    def _text_of(self, response: Sequence[Piece]) -> str:
+        data = b"".join(piece.data for piece in response)
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            raise AlignmentError(
+                f"the answer so far ends with {data[-4:]!r}, inside a character, which expert {self.name!r} cannot "
+                "continue: its endpoint takes text",
+                hint="Merge it with experts that take text as well, or serve it where token ids are taken.",
+            ) from None
+
+    async def vocab_size(self) -> int | None:
+        return None if self._tokenizer is None else len(self._tokenizer.pieces)
+
+    async def _ask(self, messages: Sequence[Message], answer: str, top_k: int) -> TokenDistribution:
+        # A drawn piece that stands below the list must not lengthen it: what lies between is missing.
+        top_k = await self.num_asked(top_k)
+        reply = await self.ask_text(messages, answer, Ask(top_k))
+        return build_from_reply(
+            reply,
+            num_ids=None,
+            top_k=top_k,
+            vocab_size=await self.vocab_size(),
+            expert=self.name,
+            whole_characters=True,
+        )
+
+    async def fingerprint(self) -> str:
+        # Without a tokenizer nothing is known of it, but one model has one tokenizer.
+        return "\n".join(self._identity) if self._tokenizer is None else self._tokenizer.fingerprint
