@@ -38,7 +38,7 @@ from tests.relay import delayed
 RULES: Final = ("product", "linear")
 MODES: Final = ("lockstep", "lookahead", "draft", "auto")
 PREFERENCES: Final = ("concise,technical,grumpy", "simple,friendly")
-NUM_ROUNDS: Final = 6
+NUM_ROUNDS: Final = 5
 MAX_TOKENS: Final = 96
 AT_ONCE: Final = 16
 NUM_TOGETHER: Final = 24
@@ -156,7 +156,7 @@ async def measure(
                 assert plain is not None
                 turns[name].append(await plain.turn(number))
             elif at_once == 1:
-                turns[name].append(await answer(sessions[name], tasks(1, first=number)))
+                turns[name].append(await answer(sessions[name], tasks(2, first=2 * number)))
             else:
                 turns[name].append(await answer(sessions[name], together, at_once))
     found = {name: describe(turns[name], turns["lockstep"]) for name in turns}

@@ -134,7 +134,7 @@ def claims(results: Mapping[str, Any]) -> list[Claim]:
         at_most(1.0).claim(
             "ms of CPU to merge a token, 8 experts", {name: one["step_ms"] for name, one in eight.items()}
         ),
-        at_most(0.6).claim(f"of that along a path of {NUM_AHEAD}", ratios),
+        at_most(0.75).claim(f"of that along a path of {NUM_AHEAD}", ratios),
     ]
 
 

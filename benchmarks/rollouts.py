@@ -18,7 +18,7 @@ from typing import Any, Final
 
 import torch
 
-from benchmarks.claims import Claim, at_least, median_interval, ratio_interval, rounded
+from benchmarks.claims import Claim, at_least, at_most, median_interval, ratio_interval, rounded
 from mope_bb.cli.train_setup import open_setup
 from mope_bb.config import parse_config
 from mope_bb.training.trainer import Trainer
@@ -39,6 +39,8 @@ class Run:
     num_rollouts: int
     num_tokens: float
     num_requests: int
+    num_dropped: int
+    """Pairs lost to a failed rollout or score."""
 
     @property
     def rollouts_per_s(self) -> float:
@@ -84,6 +86,7 @@ def train(data: Mapping[str, Any], mode: str, out: Path, *, seed: int) -> Run:
         sum(2 * row["num_pairs"] for row in rows),
         sum(2 * row["num_pairs"] * row["num_tokens"] for row in rows),
         sum(row["num_requests"] for row in rows),
+        sum(row["num_dropped"] for row in rows),
     )
 
 
@@ -94,14 +97,19 @@ def describe(runs: list[Run], lockstep: list[Run]) -> dict[str, Any]:
         "rollouts_per_s": median_interval([one.rollouts_per_s for one in runs]),
         "tokens_per_s": median_interval([one.tokens_per_s for one in runs]),
         "requests_per_token": ratio_interval([one.num_requests for one in runs], [one.num_tokens for one in runs]),
+        "num_dropped": sum(one.num_dropped for one in runs),
         "speedup": median_interval([one.rollouts_per_s / other.rollouts_per_s for one, other in pairs]),
     }
 
 
 def claims(results: Mapping[str, Any]) -> list[Claim]:
     """What the results say."""
-    speedup = results["modes"]["auto"]["speedup"]
-    return [at_least(1).claim("times as many rollouts per second of training, auto against lockstep", {"": speedup})]
+    modes = results["modes"]
+    dropped = {mode: {"value": found["num_dropped"]} for mode, found in modes.items()}
+    return [
+        at_least(1).claim("times lockstep's rollouts per second of training, auto", {"": modes["auto"]["speedup"]}),
+        at_most(0).claim("of their pairs that were lost to an error", dropped),
+    ]
 
 
 if __name__ == "__main__":

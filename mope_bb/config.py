@@ -43,6 +43,9 @@ class ExpertConfig(_Section):
     tokenizer: str | None = None
     """A Hugging Face folder or hub name; without it the endpoint's own tokenize and template routes are used."""
     top_k: Annotated[int, Field(ge=1)] = 20
+    logprobs: bool = True
+    """false = the endpoint gives no logprobs: the expert is drawn with its weight, and then draws a token itself. It
+    takes part in chat under the linear rule, at temperature and top_p 1; training and evaluation refuse it."""
     timeout_s: Annotated[float, Field(gt=0)] = 60.0
     """Deadline of one question to this expert, retries included."""
     attempt_timeout_s: Annotated[float, Field(gt=0)] = 20.0
@@ -202,7 +205,7 @@ class MergeConfig(_Section):
 
 
 class DecodingConfig(_Section):
-    """The `[decoding]` table: how far experts are asked ahead. What is sampled has the same distribution in every mode."""
+    """The `[decoding]` table: how far experts are asked ahead. What is sampled has one distribution in every mode."""
 
     mode: Literal["auto", "lockstep", "lookahead", "draft"] = "auto"
     """`lockstep`: a question to each expert for each token. `lookahead`: experts go on by themselves, and their lists

@@ -270,7 +270,7 @@ def with_training(data: dict[str, Any], expert: dict[str, Any], **train: Any) ->
     local = local_config(build_zoo(), train={**SCALED, **train})
     experts = [{**one, **expert} for one in data["experts"]]
     settings = local.train.model_dump(exclude_unset=True)
-    return parse_config({**data, "experts": experts, "train": settings})
+    return parse_config({**data, "experts": experts, "decoding": {"mode": "lockstep"}, "train": settings})
 
 
 def train(config: Config, folder: Path) -> Path:

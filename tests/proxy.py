@@ -121,10 +121,8 @@ class GpuPace:
         name, path = request.match_info["name"], request.match_info["path"]
         body = await request.read()
         asked = orjson.loads(body) if path == "completion" else {}
-        headers = {"content-type": "application/json"}
-        if asked.get("stream"):
-            # llama.cpp hangs up after a stream without saying so beforehand.
-            headers["connection"] = "close"
+        # llama.cpp hangs up after a stream, and on who was silent for a while, without saying so beforehand.
+        headers = {"content-type": "application/json", "connection": "close"}
         async with request.app[SESSION].request(
             request.method, f"{self.targets[name]}/{path}", data=body, headers=headers
         ) as reply:

@@ -37,8 +37,9 @@ async def relay(urls: Mapping[str, str], delay_s: float) -> None:
             host: str | None = parts.hostname,
             port: int | None = parts.port,
         ) -> None:
-            far_reader, far_writer = await asyncio.open_connection(host, port)
-            await asyncio.gather(_carry(reader, far_writer, delay_s), _carry(far_reader, writer, delay_s))
+            with suppress(asyncio.CancelledError):  # the relay ends
+                far_reader, far_writer = await asyncio.open_connection(host, port)
+                await asyncio.gather(_carry(reader, far_writer, delay_s), _carry(far_reader, writer, delay_s))
 
         server = await asyncio.start_server(connect, "127.0.0.1", 0)
         servers.append(server)

@@ -139,6 +139,20 @@ def test_a_draft_goes_up_to_half_a_character(nano_experts: ZooServer) -> None:
     run({**served(nano_experts), "tokenizer": str(nano_experts.zoo.folder("concise"))}, use)
 
 
+def test_bytes_are_what_they_were_after_wild_drafts(nano_experts: ZooServer) -> None:
+    """llama.cpp hands in the bytes of half a character with the token after it; those are not that token's."""
+
+    async def look(expert: Expert) -> set[Piece]:
+        return set((await expert.next_tokens(QUESTION, top_k=WHOLE_VOCABULARY)).pieces)
+
+    async def wander(expert: Expert) -> set[Piece]:
+        for seed in range(40):
+            await expert.draft(QUESTION, top_k=5, num_tokens=12, temperature=4.0, seed=seed)
+        return await look(expert)
+
+    assert run(served(nano_experts), wander) == run(served(nano_experts), look)
+
+
 def test_half_characters_are_scored_by_prefixes(nano_experts: ZooServer) -> None:
     """No grammar can force them: they are asked for in a list, and nothing fails on the way."""
 

@@ -212,6 +212,25 @@ def test_a_path_is_judged_by_one_policy(trained: Path, monkeypatch: pytest.Monke
     torch.testing.assert_close(interrupted.head_scores, again.head_scores, rtol=1e-4, atol=1e-4)
 
 
+def test_a_contradicted_path_costs_no_other_answer_its_place(trained: Path) -> None:
+    """Answers as many as may be open: one whose paths are rejected again and again does not drive out the other."""
+    pcm = load_pcm(str(trained))
+    one, other = (Context((Message("user", question),)) for question in ("How do I fix a bike?", "Where is the key?"))
+    drafts = [text_pieces(pcm, first, first + 5) for first in (60, 70, 80)]
+
+    async def run() -> int:
+        scorer = PcmScorer(pcm, expert_fingerprint=pcm.tokenizer.fingerprint, max_open_answers=2)
+        await scorer.judge(other, "", EXPERTS)
+        for draft in drafts:
+            await scorer.judge_path(one, draft, "", EXPERTS)
+        before = scorer._runner.num_ids_computed
+        await scorer.judge(other.extended(drafts[0][0]), "", EXPERTS)
+        await scorer.aclose()
+        return scorer._runner.num_ids_computed - before
+
+    assert asyncio.run(run()) == 1
+
+
 def test_user_weights_along_a_path() -> None:
     """Without a PCM every position has scores of zero."""
     found = asyncio.run(UserWeights().judge_path(Context(()), (Piece(b"a", 1),) * 3, "", EXPERTS))

@@ -23,8 +23,8 @@ from mope_bb.pcm.local_models import open_local_models
 from mope_bb.pcm.local_sampler import LocalSampler
 from mope_bb.pcm.mixture import MergeRule
 from mope_bb.pcm.model import PolicyWeights, PreferenceControlModel, build_pcm, load_pcm
-from mope_bb.pcm.plans import build_plan
 from mope_bb.pcm.pacing import Pace
+from mope_bb.pcm.plans import build_plan
 from mope_bb.pcm.pool_sampler import PoolSampler
 from mope_bb.pcm.rollouts import FailedRollout, Rollout, RolloutRequest
 from mope_bb.pcm.row_lists import LocalModel

@@ -216,6 +216,7 @@ def json_line(token: Token) -> str:
             "expert_logprobs": token.expert_logprobs,
             "missed_mass": token.missed_mass,
             "floor_mass": token.step.floor_mass,
+            "drawn_by": token.step.drawn_by,
             "finish_reason": token.finish_reason,
         },
         ensure_ascii=False,

@@ -118,9 +118,11 @@ def styled_experts(config: Config) -> list[str]:
 
 def show_estimate(config: Config, merge: str | None, *, is_zoo: bool) -> None:
     """Print what the run would ask for. Raises ConfigError; asks nobody."""
+    from mope_bb.pcm.bench import check_logprobs
     from mope_bb.training.estimate import estimate_run
     from mope_bb.training.tasks import open_tasks, reference_expert
 
+    check_logprobs(config.experts)
     prompts, options = find_prompts(config, is_zoo=is_zoo), config.train
     source, tokenizer = open_tasks(config, choose_rule(config, merge), prompts), open_pcm(config).tokenizer
     outline = estimate_run(

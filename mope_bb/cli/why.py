@@ -17,6 +17,8 @@ COLOURS = ("cyan", "magenta", "green", "yellow", "blue", "red", "bright_cyan", "
 
 def carrier_shares(step: TokenStep, plan: Plan) -> dict[str, float]:
     """How much each styled expert carried the drawn piece, summing to 1."""
+    if step.drawn_by is not None:
+        return {name: float(name == step.drawn_by) for name in plan.experts}
     logprobs = torch.from_numpy(step.candidates.logprobs)
     floors = torch.tensor(step.candidates.floors, dtype=torch.float64)
     first = 1 if plan.rule.needs_base else 0
@@ -52,3 +54,6 @@ def print_why(answer: Answer, plan: Plan, console: Console | None = None) -> Non
             f"{weight:.0%}",
         )
     console.print(table)
+    if any(step.drawn_by is not None for step in answer.steps):
+        note = "Without logprobs: an expert was drawn for each token, and drew it alone."
+        console.print(Text(note, style="dim"))

@@ -15,6 +15,7 @@ import torch
 
 from mope_bb.config import Config
 from mope_bb.evaluation.results import MethodInfo
+from mope_bb.pcm.arrays import Array
 from mope_bb.pcm.gates import Gate
 from mope_bb.pcm.heads import NoHead
 from mope_bb.pcm.local_sampler import LocalSampler
@@ -176,7 +177,7 @@ class BaseAwareLinear(MergeRule):
         """The base comes first."""
         return True
 
-    def merge(self, logprobs: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    def merge(self, logprobs: Array, weights: Array) -> Array:
         """The base has no weight of its own."""
         return super().merge(logprobs[..., 1:, :], weights)
 

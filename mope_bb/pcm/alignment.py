@@ -13,11 +13,9 @@ from operator import attrgetter
 from typing import Final
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from mope_bb.errors import AlignmentError
-from mope_bb.pcm.mixture import Lists
 from mope_bb.types import END, ROUNDING_MASS, Candidates, Piece, TokenDistribution
 
 Floats = NDArray[np.float64]
@@ -31,10 +29,8 @@ class Placement:
 
     named_by: NDArray[np.intp]
     """An entry that names each candidate: group by group, in the order of the keys."""
-    candidates: NDArray[np.intp]
-    """(N,) which of them each entry names."""
     columns: NDArray[np.intp]
-    """(N,) the same, counted within the entry's group."""
+    """(N,) which of its group's candidates each entry names."""
     counts: NDArray[np.intp]
     """Candidates of each group."""
 
@@ -48,10 +44,24 @@ def place_keys(keys: NDArray[np.int64], groups: NDArray[np.intp], *, num_groups:
     is_new = np.ones(len(ranked), dtype=np.bool_)
     np.not_equal(ranked[1:], ranked[:-1], out=is_new[1:])
     named_by = order[is_new]
-    candidates = np.empty_like(order)
-    candidates[order] = is_new.cumsum() - 1
+    places = np.empty_like(order)
+    places[order] = is_new.cumsum() - 1
     counts = np.bincount(groups[named_by], minlength=num_groups)
-    return Placement(named_by, candidates, candidates - (counts.cumsum() - counts)[groups], counts)
+    return Placement(named_by, places - (counts.cumsum() - counts)[groups], counts)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class AlignedPath:
+    """The lists of M positions of one answer, each with E lists."""
+
+    candidates: tuple[Candidates, ...]
+    """M of them."""
+    logprobs: Floats
+    """(M, E, C): positions with fewer candidates than the widest are padded behind, with -inf."""
+    floors: Floats
+    """(M, E)."""
+    tails: Floats
+    """(M, E)."""
 
 
 def align(distributions: Sequence[TokenDistribution]) -> Candidates:
@@ -59,25 +69,20 @@ def align(distributions: Sequence[TokenDistribution]) -> Candidates:
 
     Raises AlignmentError where the lists cannot be of one tokenizer.
     """
-    (candidates,), _ = align_path((distributions,))
-    return candidates
+    return align_path((distributions,)).candidates[0]
 
 
-def align_path(path: Sequence[Sequence[TokenDistribution]]) -> tuple[tuple[Candidates, ...], Lists]:
-    """`align` for M positions of one answer, each with E lists: M candidates, and the lists as tensors, (M, E, C).
-
-    Positions with fewer candidates than the widest are padded behind, with -inf.
-    """
+def align_path(path: Sequence[Sequence[TokenDistribution]]) -> AlignedPath:
+    """`align` for M positions of one answer at once."""
     if not path or not all(path):
         raise AlignmentError("there is no distribution to merge")
     listed = [list(chain.from_iterable(one.pieces for one in position)) for position in path]
-    entries = list(chain.from_iterable(listed))
     keys = np.concatenate([_keys_of(pieces) for pieces in listed])
     positions = np.repeat(np.arange(len(path)), [len(pieces) for pieces in listed])
     found = place_keys(keys, positions, num_groups=len(path))
-    pieces = list(map(entries.__getitem__, found.named_by.tolist()))
-    if entries != list(map(pieces.__getitem__, found.candidates.tolist())):
+    if [len(set(pieces)) for pieces in listed] != found.counts.tolist():
         raise _conflict(listed)
+    pieces = list(map(list(chain.from_iterable(listed)).__getitem__, found.named_by.tolist()))
     logprobs, floors, tails = (one.reshape(len(path), -1, *one.shape[1:]) for one in _rows(path, found))
     ends = found.counts.cumsum().tolist()
     candidates = []
@@ -87,7 +92,7 @@ def align_path(path: Sequence[Sequence[TokenDistribution]]) -> tuple[tuple[Candi
         candidates.append(
             Candidates(tuple(pieces[end - size : end]), said, tuple(floors[m].tolist()), tuple(tails[m].tolist()))
         )
-    return tuple(candidates), Lists(*map(torch.from_numpy, (logprobs, floors, tails)))
+    return AlignedPath(tuple(candidates), logprobs, floors, tails)
 
 
 def _rows(path: Sequence[Sequence[TokenDistribution]], found: Placement) -> tuple[Floats, Floats, Floats]:

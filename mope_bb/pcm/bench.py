@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Coroutine
+from collections.abc import Collection, Coroutine, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from types import TracebackType
@@ -12,7 +12,7 @@ from typing import Any, Self, TypeVar
 from torch import Tensor
 
 from mope_bb.cache import open_cache
-from mope_bb.config import Config
+from mope_bb.config import Config, ExpertConfig
 from mope_bb.errors import ConfigError
 from mope_bb.pcm.actors import Actor, LocalActor, PoolActor
 from mope_bb.pcm.gates import Gate
@@ -32,8 +32,12 @@ class ExpertBench:
     """Local experts answer in step, batch by batch; others through the pool, many answers at once."""
 
     def __init__(self, config: Config, names: Collection[str]) -> None:
-        """Opens the experts `names` if they are all local; others are opened when they are first asked."""
+        """Opens the experts `names` if they are all local; others are opened when they are first asked.
+
+        Raises ConfigError where one of them gives no logprobs.
+        """
         chosen = [expert for expert in config.experts if expert.name in names]
+        check_logprobs(chosen)
         self._names = tuple(expert.name for expert in chosen)
         self.models = open_local_models(chosen) if are_local(chosen) else {}
         """The local experts by name; empty when some expert is not local."""
@@ -111,6 +115,16 @@ class ExpertBench:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def check_logprobs(experts: Sequence[ExpertConfig]) -> None:
+    """Raise ConfigError where one of `experts` gives no logprobs: nothing can be learned from what it draws."""
+    for expert in experts:
+        if not expert.logprobs:
+            raise ConfigError(
+                f"expert {expert.name!r} gives no logprobs (`logprobs = false`), and training and evaluation need them",
+                hint="Leave it out of this configuration: it can take part in `mope-bb chat` only.",
+            )
 
 
 def _copied(pcm: PreferenceControlModel) -> Tensor:

@@ -66,6 +66,7 @@ class OpenAnswer:
         self._shared_pace = pace or Pace()
         self._is_repeatable = is_repeatable
         self._known = Lookahead(plan.asked)
+        self._may_be_cached = True
         self._begun: tuple[Move, asyncio.Task[tuple[DraftStep, ...]]] | None = None
 
     def __aiter__(self) -> AsyncGenerator[TokenStep, None]:
@@ -80,6 +81,7 @@ class OpenAnswer:
         if self._unlisted:
             expert_first.check_plan(self._plan, self._unlisted, self._options)
         num_left = self._options.max_tokens
+        self._shared_pace.num_open += 1
         try:
             while num_left > 0:
                 steps = await self._block(num_left)
@@ -89,6 +91,7 @@ class OpenAnswer:
                 if steps[-1].piece == END:
                     return
         finally:
+            self._shared_pace.num_open -= 1
             await self._drop_begun()
 
     def _open_pace(self) -> AnswerPace:
@@ -104,6 +107,12 @@ class OpenAnswer:
         """The next steps, at least one and at most `num_left`."""
         if self._unlisted:
             return [await self._draw_expert_first()]
+        if self._may_be_cached and (lists := await self._pool.recall(self._plan.asked, self._context)) is not None:
+            for name, distribution in zip(self._plan.asked, lists, strict=True):
+                self._known.learn_one(name, distribution)
+            return await self._look_ahead(Move("lockstep"))
+        # Beyond what an earlier answer has left, nothing is in the cache.
+        self._may_be_cached = False
         if self._begun is not None:
             # Always used: a choice that knows how long it took would know something of what is in it.
             move, _ = self._begun
@@ -296,7 +305,7 @@ class OpenAnswer:
         self._context = self._context.extended(*(step.piece for step in steps))
         self._pace.learn(
             [
-                agreement_row(shaped.numpy(), step.candidates.logprobs, self._options.temperature)
+                agreement_row(shaped.numpy(), step.candidates.logprobs, self._options.temperature) * (step.piece != END)
                 for step, shaped in zip(steps, shapes, strict=True)
             ]
         )

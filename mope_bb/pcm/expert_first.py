@@ -70,6 +70,7 @@ def step_of(
     candidates = align([said[one] for one in plan.asked if one in said])
     logprobs = np.full((len(plan.asked), len(candidates.pieces)), -math.inf)
     logprobs[[one in said for one in plan.asked]] = candidates.logprobs
+    logprobs[[one not in lists for one in plan.asked]] = -math.inf  # drawn, but not told with which probability
     tails = tuple(lists[one].tail_mass if one in lists else 1.0 for one in plan.asked)
     missed = sum(
         weight * tail for one, weight, tail in zip(plan.asked, weights.tolist(), tails, strict=True) if one in lists
@@ -81,7 +82,7 @@ def step_of(
         candidates=Candidates(
             candidates.pieces,
             logprobs,
-            tuple(said[one].floor if one in said else -math.inf for one in plan.asked),
+            tuple(lists[one].floor if one in lists else -math.inf for one in plan.asked),
             tails,
         ),
         index=candidates.pieces.index(piece),

@@ -9,23 +9,27 @@ from __future__ import annotations
 
 from typing import Final
 
-import torch
-from torch import Tensor
+from mope_bb.pcm.arrays import Array, at_least, namespace_of
 
 FEATURES: Final = ("entropy", "divergence", "tail_mass")
 
 
-def expert_features(logprobs: Tensor, log_lambda: Tensor, tails: Tensor, base: Tensor | None = None) -> Tensor:
+def expert_features(logprobs: Array, log_lambda: Array, tails: Array, base: Array | None = None) -> Array:
     """phi (..., E, F) from candidate logprobs (..., E, C), log lambda (..., E) and tail masses (..., E).
 
     The divergence is KL(p_i || m) over the candidates that i listed, with m = `base` (..., C), filled where it listed
     nothing, or m = sum_i lambda_i p_i, both as returned.
     """
-    probabilities = logprobs.exp()
-    reference = (log_lambda.exp().unsqueeze(-2) @ probabilities).log() if base is None else base.unsqueeze(-2)
+    xp = namespace_of(logprobs)
+    probabilities = xp.exp(logprobs)
     # Finite, so that what is not listed counts 0 times a number.
-    lowest = torch.finfo(logprobs.dtype).min
-    logprobs, reference = logprobs.clamp_min(lowest), reference.clamp_min(lowest)
-    entropy = -(probabilities * logprobs).sum(dim=-1)
-    divergence = (probabilities * (logprobs - reference)).sum(dim=-1)
-    return torch.stack((entropy, divergence, tails), dim=-1)
+    logprobs = at_least(logprobs, xp.finfo(logprobs.dtype).min)
+    if base is None:
+        mixture = xp.exp(log_lambda)[..., None, :] @ probabilities
+        reference = xp.log(at_least(mixture, xp.finfo(mixture.dtype).tiny))
+    else:
+        reference = base[..., None, :]
+    entropy = -(probabilities * logprobs).sum(axis=-1)
+    divergence = (probabilities * (logprobs - reference)).sum(axis=-1)
+    features: Array = xp.stack((entropy, divergence, tails), axis=-1)
+    return features

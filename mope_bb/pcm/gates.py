@@ -14,6 +14,7 @@ from typing import Final, Literal
 import torch
 from torch import Tensor
 
+from mope_bb.pcm.arrays import Array, Mask, converted, namespace_of
 from mope_bb.pcm.features import FEATURES
 
 SIGN: Final = {"entropy": -1.0, "divergence": 1.0}
@@ -28,7 +29,7 @@ class Gate(ABC):
         return False
 
     @abstractmethod
-    def scores(self, head_scores: Tensor, phi: Tensor, asked: Tensor) -> Tensor:
+    def scores(self, head_scores: Array, phi: Array, asked: Mask) -> Array:
         """(..., E) from the PCM's head (..., E), the experts' features (..., E, F) and who was asked (..., E)."""
 
 
@@ -43,8 +44,8 @@ class LinearGate(Gate):
     def is_head_alone(self) -> bool:
         return not (self.feature_weights.requires_grad or bool(self.feature_weights.any()))
 
-    def scores(self, head_scores: Tensor, phi: Tensor, asked: Tensor) -> Tensor:
-        return head_scores + phi @ self.feature_weights.to(phi.dtype)
+    def scores(self, head_scores: Array, phi: Array, asked: Mask) -> Array:
+        return head_scores + phi @ converted(self.feature_weights, phi)
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,9 @@ class Router(Gate):
 
     feature: Literal["entropy", "divergence"]
 
-    def scores(self, head_scores: Tensor, phi: Tensor, asked: Tensor) -> Tensor:
+    def scores(self, head_scores: Array, phi: Array, asked: Mask) -> Array:
+        xp = namespace_of(phi)
         value = SIGN[self.feature] * phi[..., FEATURES.index(self.feature)]
-        chosen = value.masked_fill(~asked, -math.inf).argmax(dim=-1, keepdim=True)
-        return torch.full_like(value, -math.inf).scatter(-1, chosen, 0.0)
+        chosen = xp.argmax(xp.where(asked, value, -math.inf), axis=-1, keepdims=True)
+        scores: Array = xp.where(xp.arange(value.shape[-1]) == chosen, xp.zeros_like(value), -math.inf)
+        return scores

@@ -10,10 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mope_bb.pcm.alignment import align_path
+from mope_bb.pcm.arrays import Array, at_least, namespace_of
 from mope_bb.pcm.features import expert_features
 from mope_bb.pcm.gates import Gate
 from mope_bb.pcm.mixture import IMPOSSIBLE, Lists, MergedLists, MergeRule, fill_missing, missed_mass
@@ -63,19 +65,36 @@ def merge_lists(rule: MergeRule, lists: Lists, log_lambda: Tensor, head_scores: 
 
     Where the rule needs the base, `lists` has its row in front; `log_lambda` and `head_scores` never have one.
     """
-    scores = head_scores if gate.is_head_alone else _gated_scores(rule, lists, log_lambda, head_scores, gate)
+    log_pi, weights = merge_arrays(
+        rule,
+        gate,
+        logprobs=lists.logprobs,
+        floors=lists.floors,
+        tails=lists.tails,
+        log_lambda=log_lambda,
+        head_scores=head_scores,
+    )
+    return MergedLists(log_pi, weights)
+
+
+def merge_arrays(
+    rule: MergeRule, gate: Gate, *, logprobs: Array, floors: Array, tails: Array, log_lambda: Array, head_scores: Array
+) -> tuple[Array, Array]:
+    """`merge_lists` for torch or numpy: log pi (..., C) and weights (..., E)."""
+    scores = head_scores
+    if not gate.is_head_alone:
+        phi = _features(rule, logprobs, floors, tails, log_lambda)
+        scores = gate.scores(head_scores, phi, log_lambda > -math.inf)
     weights = rule.weights(log_lambda, scores)
-    return MergedLists(rule.merge(fill_missing(rule, lists.logprobs, lists.floors), weights), weights)
+    return rule.merge(fill_missing(rule, logprobs, floors), weights), weights
 
 
-def _gated_scores(rule: MergeRule, lists: Lists, log_lambda: Tensor, head_scores: Tensor, gate: Gate) -> Tensor:
-    logprobs, tails, base = lists.logprobs, lists.tails, None
-    if rule.needs_base:
-        # Whatever the rule: from a base that counts as 0 where it listed nothing every divergence would be infinite.
-        base = torch.maximum(logprobs[..., 0, :], lists.floors[..., :1].clamp_min(IMPOSSIBLE))
-        logprobs, tails = logprobs[..., 1:, :], tails[..., 1:]
-    phi = expert_features(logprobs, log_lambda, tails, base)
-    return gate.scores(head_scores, phi, log_lambda > -math.inf)
+def _features(rule: MergeRule, logprobs: Array, floors: Array, tails: Array, log_lambda: Array) -> Array:
+    if not rule.needs_base:
+        return expert_features(logprobs, log_lambda, tails)
+    # Whatever the rule: from a base that counts as 0 where it listed nothing every divergence would be infinite.
+    base: Array = namespace_of(logprobs).maximum(logprobs[..., 0, :], at_least(floors[..., :1], IMPOSSIBLE))
+    return expert_features(logprobs[..., 1:, :], log_lambda, tails[..., 1:], base)
 
 
 def merge_step(plan: Plan, distributions: Sequence[TokenDistribution], head_scores: Tensor, gate: Gate) -> Merged:
@@ -87,17 +106,30 @@ def merge_path(
     plan: Plan, path: Sequence[Sequence[TokenDistribution]], head_scores: Tensor, gate: Gate
 ) -> tuple[Merged, ...]:
     """`merge_step` for M positions of one answer at once: M lists of E distributions, head scores (M, E)."""
-    candidates, lists = align_path(path)
-    merged = merge_lists(plan.rule, lists, plan.log_lambda, head_scores.double(), gate)
+    lists = align_path(path)
+    # In numpy: for so few numbers torch's calls would cost more than the work.
+    log_pi, weights = merge_arrays(
+        plan.rule,
+        gate,
+        logprobs=lists.logprobs,
+        floors=lists.floors,
+        tails=lists.tails,
+        log_lambda=plan.log_lambda.numpy(),
+        head_scores=head_scores.detach().double().numpy(),
+    )
     first = 1 if plan.rule.needs_base else 0
     bounds: list[float] | list[None] = [None] * len(path)
     if plan.rule.name == "linear":
-        bounds = missed_mass(merged.weights, lists.tails[:, first:]).tolist()
-    unlisted = torch.isneginf(lists.logprobs.amin(dim=1))
-    floor_masses = (merged.log_pi.exp() * unlisted).sum(dim=1).tolist()
+        bounds = missed_mass(weights, lists.tails[:, first:]).tolist()
+    is_unlisted = (lists.logprobs == -math.inf).any(axis=1)
+    floor_masses = (np.exp(log_pi) * is_unlisted).sum(axis=1).tolist()
     return tuple(
-        Merged(one, log_pi[: len(one.pieces)], weights, bound, floor_mass)
-        for one, log_pi, weights, bound, floor_mass in zip(
-            candidates, merged.log_pi.unbind(), merged.weights.unbind(), bounds, floor_masses, strict=True
+        Merged(
+            one,
+            torch.from_numpy(log_pi[m, : len(one.pieces)]),
+            torch.from_numpy(weights[m]),
+            missed_mass=bounds[m],
+            floor_mass=floor_masses[m],
         )
+        for m, one in enumerate(lists.candidates)
     )

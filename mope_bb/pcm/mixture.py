@@ -1,7 +1,8 @@
 """Merging the experts' distributions: pure functions of candidate logprobs and PCM scores.
 
 Shapes: E experts, C candidates, F features; leading batch dimensions are allowed in front of all of them. Sampling and
-learning call the same functions. Logprobs are natural logs; -inf marks a candidate that is not on an expert's list.
+learning call the same functions, on numpy's arrays or torch's. Logprobs are natural logs; -inf marks a candidate that
+is not on an expert's list.
 
     linear     pi(v) = sum_i alpha_i p_i(v)                                       (the paper, arXiv 2407.04181)
     geometric  log pi(v) = sum_i alpha_i log p_i(v) + const                       (MOD)
@@ -29,6 +30,7 @@ import torch
 from torch import Tensor
 
 from mope_bb.errors import ConfigError
+from mope_bb.pcm.arrays import Array, Mask, at_least, largest, log_softmax, namespace_of, softmax
 
 MergeRuleName = Literal["linear", "geometric", "product"]
 
@@ -52,17 +54,19 @@ class MergeRule:
         """Whether the first expert of every merge is the base p_0."""
         return self.name == "product"
 
-    def weights(self, log_lambda: Tensor, scores: Tensor) -> Tensor:
+    def weights(self, log_lambda: Array, scores: Array) -> Array:
         """alpha (linear, geometric) or beta (product) of the styled experts, (..., E), from their scores (..., E).
 
         An expert that is not asked has log lambda -inf, and weight 0 whatever its score.
         """
         if self.name == "product":
-            num_experts = (log_lambda > -math.inf).sum(dim=-1, keepdim=True)
-            return num_experts * torch.exp(log_lambda + self.product_scale * torch.tanh(scores))
-        return torch.softmax(log_lambda + scores, dim=-1)
+            xp = namespace_of(scores)
+            num_experts = xp.sum(log_lambda > -math.inf, axis=-1, keepdims=True)
+            weights: Array = num_experts * xp.exp(log_lambda + self.product_scale * xp.tanh(scores))
+            return weights
+        return softmax(log_lambda + scores)
 
-    def merge(self, logprobs: Tensor, weights: Tensor) -> Tensor:
+    def merge(self, logprobs: Array, weights: Array) -> Array:
         """Normalised log pi over the candidates, (..., C).
 
         `logprobs` is (..., E, C), filled by `fill_missing` for the rules that need a value everywhere; `weights` is
@@ -70,40 +74,44 @@ class MergeRule:
         A candidate that is -inf for everyone is padding: it has probability 0.
         """
         if self.name == "linear":
-            return torch.log_softmax(_log_mixture(logprobs, weights), dim=-1)
-        padding = torch.isneginf(logprobs.amax(dim=-2))
+            return log_softmax(_log_mixture(logprobs, weights))
+        xp = namespace_of(logprobs)
+        padding = largest(logprobs, axis=-2)[..., 0, :] == -math.inf
         # With -inf the gradient would not be a number.
-        filled = logprobs.clamp_min(IMPOSSIBLE)
-        merged = self._unnormalised(filled, weights).masked_fill(self._excluded(filled, padding), -math.inf)
-        return torch.log_softmax(merged, dim=-1)
+        filled = at_least(logprobs, IMPOSSIBLE)
+        merged: Array = xp.where(self._excluded(filled, padding), -math.inf, self._unnormalised(filled, weights))
+        return log_softmax(merged)
 
-    def _excluded(self, filled: Tensor, padding: Tensor) -> Tensor:
+    def _excluded(self, filled: Array, padding: Mask) -> Mask:
         """Which candidates (..., C) get probability 0: padding, and what is implausible to the product."""
         if self.name != "product" or self.plausibility == 0.0:
             return padding
-        mixture = filled.exp().sum(dim=-2)
-        return padding | (mixture < self.plausibility * mixture.amax(dim=-1, keepdim=True))
+        mixture = namespace_of(filled).exp(filled).sum(axis=-2)
+        is_implausible: Mask = mixture < self.plausibility * largest(mixture, axis=-1)
+        return padding | is_implausible
 
-    def _unnormalised(self, filled: Tensor, weights: Tensor) -> Tensor:
+    def _unnormalised(self, filled: Array, weights: Array) -> Array:
         if self.name == "geometric":
             return _weighted_sum(weights, filled)
         base = filled[..., :1, :]
-        return base.squeeze(-2) + _weighted_sum(weights, filled[..., 1:, :] - base)
+        return base[..., 0, :] + _weighted_sum(weights, filled[..., 1:, :] - base)
 
 
-def _log_mixture(logprobs: Tensor, weights: Tensor) -> Tensor:
+def _log_mixture(logprobs: Array, weights: Array) -> Array:
     """log sum_i w_i p_i, (..., C); -inf where nobody with a weight lists the candidate."""
+    xp = namespace_of(logprobs)
     # Against the largest of each candidate nothing underflows that counts; a number must stand where all are -inf.
-    largest = logprobs.amax(dim=-2, keepdim=True).clamp_min(torch.finfo(logprobs.dtype).min)
-    mixture = _weighted_sum(weights, (logprobs - largest).exp())
+    most = at_least(largest(logprobs, axis=-2), xp.finfo(logprobs.dtype).min)
+    mixture = _weighted_sum(weights, xp.exp(logprobs - most))
     # Neither the logarithm of 0 nor that of a subnormal number has a finite gradient.
-    nobody = mixture < torch.finfo(mixture.dtype).tiny
-    return (mixture.masked_fill(nobody, 1.0).log() + largest.squeeze(-2)).masked_fill(nobody, -math.inf)
+    nobody = mixture < xp.finfo(mixture.dtype).tiny
+    found: Array = xp.where(nobody, -math.inf, xp.log(xp.where(nobody, 1.0, mixture)) + most[..., 0, :])
+    return found
 
 
-def _weighted_sum(weights: Tensor, values: Tensor) -> Tensor:
+def _weighted_sum(weights: Array, values: Array) -> Array:
     """Over the experts: (..., C) from (..., E) and (..., E, C)."""
-    return (weights.unsqueeze(-2) @ values).squeeze(-2)
+    return (weights[..., None, :] @ values)[..., 0, :]
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,7 +143,7 @@ def build_rule(name: str, *, product_scale: float = 1.5, plausibility: float = 0
     return MergeRule(cast(MergeRuleName, name), product_scale, plausibility)
 
 
-def fill_missing(rule: MergeRule, logprobs: Tensor, floors: Tensor) -> Tensor:
+def fill_missing(rule: MergeRule, logprobs: Array, floors: Array) -> Array:
     """Values for candidates that an expert did not list.
 
     Linear: p_i counts as 0 there, so that learning is exact for the policy that acted. The other rules need a value:
@@ -145,14 +153,17 @@ def fill_missing(rule: MergeRule, logprobs: Tensor, floors: Tensor) -> Tensor:
     """
     if rule.name == "linear":
         return logprobs
-    padding = torch.isneginf(logprobs.amax(dim=-2, keepdim=True))
+    xp = namespace_of(logprobs)
+    padding = largest(logprobs, axis=-2) == -math.inf
     # No listed logprob is below its expert's floor.
-    return torch.maximum(logprobs, floors.clamp_min(IMPOSSIBLE).unsqueeze(-1)).masked_fill(padding, -math.inf)
+    filled: Array = xp.where(padding, -math.inf, xp.maximum(logprobs, at_least(floors, IMPOSSIBLE)[..., None]))
+    return filled
 
 
-def missed_mass(weights: Tensor, tails: Tensor) -> Tensor:
+def missed_mass(weights: Array, tails: Array) -> Array:
     """Linear rule: upper bound of the total variation to the full merge, sum_i alpha_i t_i; (...) from (..., E)."""
-    return (weights * tails).sum(dim=-1)
+    found: Array = namespace_of(weights).sum(weights * tails, axis=-1)
+    return found
 
 
 def carriers(rule: MergeRule, logprobs: Tensor, weights: Tensor) -> Tensor:

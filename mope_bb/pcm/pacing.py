@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final, Literal
 
@@ -41,10 +41,13 @@ NEAREST: Final[dict[Request, tuple[Request, ...]]] = {
 }
 """By which requests the time of another is guessed where none was made yet."""
 UNKNOWN_AGREEMENT: Final = 0.85
+FEW_OPEN: Final = 3
 OUTLIER: Final = 3.0
 """A request that takes so many times as long as expected counts as this: the machine was busy with something else."""
-AS_GOOD: Final = 0.95
-"""Of moves that are nearly as fast as the fastest the one with the fewest requests is taken."""
+AS_GOOD: Final[Mapping[str, float]] = {"auto": 0.95, "lookahead": 0.8, "draft": 0.8}
+"""Mode -> of moves that are so nearly as fast as the fastest, the one with the fewest requests for a token is taken."""
+WASTE: Final = 1 / 3
+"""Kept tokens that are worth as much as one that is generated: longer drafts save requests, and are thrown away."""
 _log = logging.getLogger(__name__)
 
 
@@ -98,22 +101,28 @@ class Agreement:
 
     def __init__(self, num_experts: int) -> None:
         self._rows: deque[Floats] = deque(maxlen=WINDOW)
-        self._num_columns = num_experts + 1
+        self._num_columns = num_experts + 2
 
     def add(self, rows: Iterable[Floats]) -> None:
-        """Rows of (E + 1): the probability that a piece drafted by each expert would be kept, and that the piece which
-        every expert holds for the most probable is drawn (0 where they differ)."""
+        """Rows of (E + 2): the probability that a piece drafted by each expert would be kept; that the piece which
+        every expert holds for the most probable is drawn, 0 where they differ; and 1. Nothing but 0 where the answer
+        ended, since nothing comes after it."""
         self._rows.extend(rows)
 
     def copy(self) -> Agreement:
         """A window of its own that begins with this one's rows."""
-        other = Agreement(self._num_columns - 1)
+        other = Agreement(self._num_columns - 2)
         other.add(self._rows)
         return other
 
     def survival(self, max_ahead: int) -> Floats:
-        """(max_ahead + 1, E + 1): the probability that so many positions in a row are kept."""
-        rows = np.array(self._rows) if self._rows else np.full((1, self._num_columns), UNKNOWN_AGREEMENT)
+        """(max_ahead + 1, E + 2): the probability that so many positions in a row are kept, and that there are so many.
+
+        The last column is that of the answer going on.
+        """
+        unknown = np.full((1, self._num_columns), UNKNOWN_AGREEMENT)
+        unknown[:, -1] = 1.0
+        rows = np.array(self._rows) if self._rows else unknown
         logs = np.log(np.clip(rows, 1e-6, 1.0))
         sums = np.concatenate((np.zeros((1, self._num_columns)), logs.cumsum(axis=0)))
         found = np.ones((max_ahead + 1, self._num_columns))
@@ -134,6 +143,8 @@ class Pace:
         self._lines: dict[tuple[str, Request], Line] = {}
         self._agreements: dict[tuple[object, ...], Agreement] = {}
         self._broken: set[tuple[str, Request]] = set()
+        self.num_open = 0
+        """Answers that are being written."""
 
     def observe(self, name: str, request: Request, num_positions: int, seconds: float) -> None:
         """A request of `name` took so long."""
@@ -147,6 +158,12 @@ class Pace:
             if common is not None and (expected := common.seconds(num_positions)) is not None:
                 return expected if own is None else own.shrunk(num_positions, expected)
         return 0.0
+
+    @property
+    def begins_early(self) -> bool:
+        """Whether a draft may begin before it is known that it will be of use: not where other answers keep the
+        endpoints busy anyway, and not where few requests are wanted."""
+        return self.settings.mode == "auto" and self.num_open <= FEW_OPEN
 
     def give_up(self, name: str, request: Request, reason: str) -> None:
         """This endpoint refuses such requests: no more of them."""
@@ -174,13 +191,13 @@ class AnswerPace:
         self._own = self._shared.copy()
         self._may_draft = not is_repeatable
         self._num_new = REFRESH
-        self._survival = np.ones((1, len(seats) + 1))
+        self._survival = np.ones((1, len(seats) + 2))
         self._move = Move("lockstep")
         self.num_kept = 0
         self.num_generated: dict[str, int] = dict.fromkeys((seat.name for seat in seats), 0)
 
     def learn(self, rows: Sequence[Floats]) -> None:
-        """Rows for `Agreement.add`, one for each token that was kept."""
+        """Rows (E + 2) for `Agreement.add`, one for each token that was kept."""
         self._shared.add(rows)
         self._own.add(rows)
         self._num_new += len(rows)
@@ -217,8 +234,9 @@ class AnswerPace:
         allowed = [one for one in moves if self._is_allowed(one, lockstep)]
         if not allowed:
             return lockstep.move
-        enough = AS_GOOD * max(one.tokens_per_second for one in allowed)
-        return max((one for one in allowed if one.tokens_per_second >= enough), key=lambda one: one.kept).move
+        enough = AS_GOOD.get(settings.mode, 1.0) * max(one.tokens_per_second for one in allowed)
+        good = [one for one in allowed if one.tokens_per_second >= enough]
+        return max(good, key=lambda one: one.kept * (1 - WASTE * one.generated_per_token)).move
 
     def _may_go_ahead(self) -> bool:
         """Whether what was generated so far leaves room for another guess."""
@@ -236,23 +254,27 @@ class AnswerPace:
         """Tokens that `ahead` positions give: each position that is reached gives one."""
         return float(self._survival[:ahead, column].sum())
 
+    def _generated(self, ahead: int) -> float:
+        """Tokens that a draft of `ahead` positions has: it ends where the answer ends."""
+        return float(self._survival[:ahead, -1].sum())
+
     def _lockstep(self, num_context: int) -> _Forecast:
         seconds = max(self._seconds("ask", 1), self._judging(1))
         price = sum(num_context * seat.input_price + seat.output_price for seat in self._seats)
         return _Forecast(Move("lockstep"), 1.0, seconds, 1.0, price)
 
     def _lookahead(self, ahead: int, num_context: int) -> _Forecast:
-        kept = self._kept(-1, ahead)
+        kept, generated = self._kept(-2, ahead), self._generated(ahead)
         seconds = max(
             self._pace.seconds(seat.name, "draft" if seat.can_continue else "ask", ahead if seat.can_continue else 1)
             for seat in self._seats
         )
         # Most of the judging is done when the lists are there.
         seconds = max(seconds, self._judging(1)) + (self._judging(ahead) if ahead > 1 else 0.0)
-        price = sum(num_context * seat.input_price + ahead * seat.output_price for seat in self._seats)
+        price = sum(num_context * seat.input_price + generated * seat.output_price for seat in self._seats)
         if not all(seat.can_continue and self._pace.can(seat.name, "draft") for seat in self._seats):
             kept = 1.0
-        return _Forecast(Move("lookahead", ahead), kept, seconds, ahead / kept, price / kept)
+        return _Forecast(Move("lookahead", ahead), kept, seconds, generated / kept, price / kept)
 
     def _drafts(self, lengths: Sequence[int], num_context: int) -> list[_Forecast]:
         found = []
@@ -266,24 +288,26 @@ class AnswerPace:
     def _draft(
         self, column: int, drafter: Seat, others: Sequence[Seat], ahead: int, num_context: int
     ) -> list[_Forecast]:
-        kept = self._kept(column, ahead)
+        kept, generated = self._kept(column, ahead), self._generated(ahead)
         all_kept = float(self._survival[ahead, column])
         drafting = self._pace.seconds(drafter.name, "draft", ahead)
         scoring = max([self._judging(ahead), *(self._pace.seconds(seat.name, "score", ahead) for seat in others)])
-        price = num_context * drafter.input_price + ahead * drafter.output_price
+        price = num_context * drafter.input_price + generated * drafter.output_price
         for seat in others:
             num_requests = 1 if seat.scores_at_once else ahead
             price += num_requests * ((num_context + ahead) * seat.input_price + seat.output_price)
-        alone = _Forecast(Move("draft", ahead, drafter.name), kept, drafting + scoring, ahead / kept, price / kept)
+        alone = _Forecast(Move("draft", ahead, drafter.name), kept, drafting + scoring, generated / kept, price / kept)
+        if not others or not self._pace.begins_early:
+            return [alone]
         # The next draft, begun early, is there at once where this one is kept whole, and lost where it is not.
         early = _Forecast(
             Move("draft", ahead, drafter.name, begins_next=True),
             kept,
             drafting + scoring - all_kept * min(drafting, scoring),
-            ahead * (2 - all_kept) / kept,
+            generated * (2 - all_kept) / kept,
             price * (2 - all_kept) / kept,
         )
-        return [alone, early] if others else [alone]
+        return [alone, early]
 
     def _seconds(self, request: Request, num_positions: int) -> float:
         return max(self._pace.seconds(seat.name, request, num_positions) for seat in self._seats)

@@ -54,10 +54,10 @@ def columns_of(candidates: Candidates, distribution: TokenDistribution) -> npt.N
 
 
 def agreement_row(log_pi: Floats, logprobs: Floats, temperature: float) -> Floats:
-    """(E + 1): how likely a draft of each expert is kept here, and how likely the experts' common favourite is drawn.
+    """(E + 2), a row of `pacing.Agreement`: how likely a draft of each expert is kept here, and their common favourite.
 
     Drafts by expert i are kept with probability sum_v min(pi(v), q_i(v)), q_i its list, (E, C) in all, at the drafting
-    temperature. The last value is pi of the piece that every expert holds for the most probable, 0 where they differ.
+    temperature. Then comes pi of the piece that every expert holds for the most probable, 0 where they differ; then 1.
     """
     pi = np.exp(log_pi)
     best = logprobs.argmax(axis=1)
@@ -67,4 +67,4 @@ def agreement_row(log_pi: Floats, logprobs: Floats, temperature: float) -> Float
     else:
         kept = pi[best]
     common = pi[best[0]] if (best == best[0]).all() else 0.0
-    return np.append(kept, common)
+    return np.append(kept, (common, 1.0))

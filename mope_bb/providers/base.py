@@ -63,6 +63,10 @@ class Expert(ABC):
     async def next_tokens(self, context: Context, *, top_k: int) -> TokenDistribution:
         """The `top_k` most probable next pieces after `context`. Raises ProviderError or AlignmentError."""
 
+    async def recall(self, context: Context, *, top_k: int) -> TokenDistribution | None:
+        """What `next_tokens` would answer without asking anyone; None where that is not known."""
+        return None
+
     def draft_temperature(self, wanted: float) -> float:
         """The temperature next to `wanted` at which it can draft while its lists stay the model's own."""
         return wanted if self.capabilities.logprob_scale == "raw" else 1.0
@@ -128,6 +132,11 @@ class IdExpert(Expert):
     @abstractmethod
     async def identity(self) -> tuple[str, ...]:
         """What identifies the model in the cache."""
+
+    async def recall(self, context: Context, *, top_k: int) -> TokenDistribution | None:
+        if self._cache is None:
+            return None
+        return await self._cache.get(distribution_key(await self.identity(), await self.ids_of(context), top_k))
 
     async def next_tokens(self, context: Context, *, top_k: int) -> TokenDistribution:
         ids = await self.ids_of(context)

@@ -27,10 +27,17 @@ import orjson
 from mope_bb.cache import DistributionCache
 from mope_bb.chat_tokenizer import ChatTokenizer, as_openai, load_chat_tokenizer
 from mope_bb.config import ExpertConfig
-from mope_bb.errors import ConfigError, LogprobsUnavailableError, MalformedResponseError, RequestError
+from mope_bb.errors import (
+    AlignmentError,
+    ConfigError,
+    LogprobsUnavailableError,
+    MalformedResponseError,
+    RequestError,
+)
 from mope_bb.providers.base import Capabilities
 from mope_bb.providers.connect import read_key, required_model, required_url
 from mope_bb.providers.dialects import CHAT, ChatDialect
+from mope_bb.providers.drawing import ENDED, DrawAsk, check_num_drawn, parse_drawn_ids
 from mope_bb.providers.endpoint import Ask
 from mope_bb.providers.text_endpoint import TextEndpoint
 from mope_bb.providers.wire import PieceReader, Reply, parse_openai_logprobs, parse_usage
@@ -69,9 +76,8 @@ def build_request(
 
     Fields of `extra_body` come on top, tables merged with tables; only a temperature of `ask` goes before its own.
     """
-    body: dict[str, Any] = {
-        "model": model,
-        "messages": [as_openai(message) for message in messages],
+    body = {
+        **_conversation(messages, answer, dialect=dialect, model=model),
         dialect.max_tokens_field: ask.num_tokens,
         "temperature": dialect.temperature,
         "logprobs": True,
@@ -79,17 +85,43 @@ def build_request(
         **dialect.extra,
         **(dialect.id_fields if with_ids else {}),
     }
+    if forced_id is not None:
+        body["logit_bias"] = {str(forced_id): FORCE_BIAS}
+    body = _merged(body, extra_body or {})
+    if ask.temperature is not None:
+        body["temperature"] = ask.temperature
+    return body
+
+
+def build_draw_request(
+    messages: Sequence[Message],
+    answer: str,
+    ask: DrawAsk,
+    *,
+    dialect: ChatDialect,
+    model: str,
+    extra_body: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The body of a question for what the endpoint draws, without logprobs; `extra_body` changes no probability."""
+    body = {
+        **_conversation(messages, answer, dialect=dialect, model=model),
+        dialect.max_tokens_field: ask.num_tokens,
+        **dialect.extra,
+        **dialect.shows_drawn,
+    }
+    sampling = {"temperature": ask.temperature, "top_p": 1.0, **dialect.nothing_filtered}
+    return _merged(body, extra_body or {}) | sampling
+
+
+def _conversation(messages: Sequence[Message], answer: str, *, dialect: ChatDialect, model: str) -> dict[str, Any]:
+    """The fields that say what is to be continued."""
+    body: dict[str, Any] = {"model": model, "messages": [as_openai(message) for message in messages]}
     if answer:
         assert dialect.prefill != "none"  # TextEndpoint refuses it
         flag = {"prefix": True} if dialect.prefill == "prefix" else {}
         body["messages"].append({"role": "assistant", "content": answer, **flag})
         if dialect.prefill == "continue_final_message":
             body |= {"continue_final_message": True, "add_generation_prompt": False}
-    if forced_id is not None:
-        body["logit_bias"] = {str(forced_id): FORCE_BIAS}
-    body = _merged(body, extra_body or {})
-    if ask.temperature is not None:
-        body["temperature"] = ask.temperature
     return body
 
 
@@ -125,6 +157,24 @@ def parse_response(data: Any, reader: PieceReader, *, expert: str, answer: str =
         )
     positions = parse_openai_logprobs(_with_lists(logprobs, hint=hint, expert=expert), reader, expert=expert)
     return Reply(positions, prompt_tokens, has_ended, text=_new_text(choice, answer))
+
+
+def parse_draw(data: Any, *, dialect: ChatDialect, num_tokens: int, expert: str, answer: str = "") -> Reply:
+    """What was drawn, at most `num_tokens`; `answer` is the answer so far. Raises MalformedResponseError, or
+    AlignmentError for a thought, and for more than was asked for.
+    """
+    choice = _choice(data, expert)
+    message = choice.get("message")
+    if isinstance(message, dict) and _thinks(message, data):
+        raise AlignmentError(f"expert {expert!r} thinks before it answers", hint=_THINKS_HINT)
+    check_num_drawn(data, num_tokens, expert=expert)
+    return Reply(
+        (),
+        parse_usage(data),
+        has_ended=choice.get("finish_reason") in ENDED,
+        text=_new_text(choice, "" if dialect.repeats_answer is False else answer),
+        token_ids=parse_drawn_ids(choice),
+    )
 
 
 def _new_text(choice: Mapping[str, Any], answer: str) -> str | None:
@@ -211,6 +261,18 @@ class ChatExpert(TextEndpoint):
         raise LogprobsUnavailableError(
             f"the endpoint ended the answer {MAX_DRAWS} times, though not at temperature 0, and listed nothing",
             expert=self.name,
+        )
+
+    async def draw_text(self, messages: Sequence[Message], answer: str, ask: DrawAsk) -> Reply:
+        body = build_draw_request(
+            messages, answer, ask, dialect=self._dialect, model=self._model, extra_body=self._extra_body
+        )
+        return parse_draw(
+            await self._client.chat(body),
+            dialect=self._dialect,
+            num_tokens=ask.num_tokens,
+            expert=self.name,
+            answer=answer,
         )
 
     async def _ask_once(self, messages: Sequence[Message], answer: str, ask: Ask) -> Reply:

@@ -11,14 +11,17 @@ Pitfalls that are handled here (each has a test):
 - A prompt that was cut silently is an error: the endpoint must have read as many tokens as were sent.
 - Null logprobs, and logprobs of the drawn token only, are errors.
 - An answer that ends at once has no list; `is_guess` says so.
+- `transformers serve` gives no logprobs, is greedy unless told otherwise, and hides an end that is the last token.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
+
+import orjson
 
 from mope_bb.cache import DistributionCache
 from mope_bb.chat_tokenizer import ChatTokenizer, load_chat_tokenizer
@@ -26,14 +29,25 @@ from mope_bb.config import ExpertConfig
 from mope_bb.errors import ConfigError, MalformedResponseError, ModelNotFoundError, MopeError
 from mope_bb.providers.connect import load_served_tokenizer, open_client, required_model, required_url
 from mope_bb.providers.dialects import COMPLETIONS, CompletionsDialect
+from mope_bb.providers.drawing import ENDED, ONE_DRAW, DrawAsk, check_num_drawn, parse_drawn_ids
 from mope_bb.providers.endpoint import Ask, IdEndpoint, check_all_read
 from mope_bb.providers.text_endpoint import TextEndpoint
 from mope_bb.providers.wire import PieceReader, Reply, in_order, parse_openai_logprobs, parse_usage
 from mope_bb.transport import HttpClient
-from mope_bb.types import Message, Piece, TokenDistribution
+from mope_bb.types import Context, Message, Piece, TokenDistribution
 
 FORCE_BIAS: Final = 100.0
 """OpenAI's range of `logit_bias` ends here; it is enough, since no logit of a model is that large."""
+PLAIN_SAMPLING: Final[Mapping[str, Any]] = {
+    "top_k": 0,
+    "min_p": 0.0,
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+}
+"""What is left out of a `generation_config` is taken from the model's own."""
 
 
 def build_request(
@@ -56,6 +70,54 @@ def build_request(
     if ask.is_draft and dialect.capabilities.drafts == "exact":
         body |= dialect.nothing_filtered if ask.seed is None else {**dialect.nothing_filtered, "seed": ask.seed}
     return body
+
+
+def build_draw_request(
+    prompt: str | Sequence[int],
+    ask: DrawAsk,
+    *,
+    dialect: CompletionsDialect,
+    model: str,
+    end_ids: Collection[int],
+) -> dict[str, Any]:
+    """The body of a question for what the endpoint draws, without logprobs."""
+    body: dict[str, Any] = {
+        "model": model,
+        "prompt": prompt if isinstance(prompt, str) else list(prompt),
+        "max_tokens": ask.num_tokens,
+        "temperature": ask.temperature,
+        "top_p": 1.0,
+        **dialect.extra,
+        **dialect.nothing_filtered,
+        **dialect.shows_drawn,
+    }
+    if dialect.takes_generation_config:
+        # One token more, which is made the end: an answer that has ended before it is then told from one that has not.
+        ends = sorted(end_ids)
+        config = {**PLAIN_SAMPLING, "do_sample": ask.temperature > 0, "eos_token_id": ends, "forced_eos_token_id": ends}
+        body |= {"max_tokens": ask.num_tokens + 1, "generation_config": orjson.dumps(config).decode()}
+    return body
+
+
+def parse_draw(data: Any, *, num_tokens: int, expert: str) -> Reply:
+    """What was drawn, at most `num_tokens`. Raises MalformedResponseError or AlignmentError."""
+    (choice,) = in_order(_choices(data, expert), 1, expert=expert)
+    check_num_drawn(data, num_tokens, expert=expert)
+    text = choice.get("text")
+    return Reply(
+        (),
+        parse_usage(data),
+        has_ended=choice.get("finish_reason") in ENDED,
+        text=text if isinstance(text, str) else None,
+        token_ids=parse_drawn_ids(choice),
+    )
+
+
+def _choices(data: Any, expert: str) -> list[Any]:
+    if not isinstance(data, dict) or not isinstance(data.get("choices"), list):
+        raise MalformedResponseError(f"the reply has no `choices`: {str(data)[:100]!r}", expert=expert)
+    choices: list[Any] = data["choices"]
+    return choices
 
 
 def _ids(prompts: Sequence[Sequence[int]]) -> list[Any]:
@@ -81,8 +143,7 @@ def parse_response(
     `num_tokens` is how many tokens all prompts have together; where the endpoint counted others, the first reply
     tells its count. Raises MalformedResponseError where it is not one choice for each question.
     """
-    if not isinstance(data, dict) or not isinstance(data.get("choices"), list):
-        raise MalformedResponseError(f"the reply has no `choices`: {str(data)[:100]!r}", expert=expert)
+    choices = _choices(data, expert)
     read = parse_usage(data)
     # The endpoint adds the prompts up, so only for one question its count is that of the question.
     counted = read if num_prompts == 1 else None
@@ -91,7 +152,7 @@ def parse_response(
             f"the endpoint read {read} of {num_tokens} tokens of {num_prompts} prompts", expert=expert
         )
     found: list[Reply | MopeError] = []
-    for choice in in_order(data["choices"], num_prompts, expert=expert):
+    for choice in in_order(choices, num_prompts, expert=expert):
         try:
             found.append(parse_choice(choice, readers, counted, expert=expert))
         except MopeError as error:
@@ -164,6 +225,20 @@ class IdCompletions(IdEndpoint):
             expert=self.name,
             num_tokens=sum(map(len, prompts)),
         )
+
+    async def draw(self, context: Context, ask: DrawAsk = ONE_DRAW) -> Reply:
+        ids = await self.ids_of(context)
+        body = build_draw_request(
+            ids,
+            ask,
+            dialect=self._dialect,
+            model=await self._model_name(),
+            end_ids=(await self.tokenizer()).end_ids,
+        )
+        data = await self._client.post_json("/completions", body)
+        reply = parse_draw(data, num_tokens=body["max_tokens"], expert=self.name)
+        check_all_read(reply, len(ids), expert=self.name)
+        return reply
 
     async def score_ids(self, ids: tuple[int, ...], draft: Sequence[Piece], top_k: int) -> Sequence[TokenDistribution]:
         if self.capabilities.score != "echo" or not draft:
@@ -249,10 +324,27 @@ class TextCompletions(TextEndpoint):
             raise reply
         return reply
 
+    async def draw_text(self, messages: Sequence[Message], answer: str, ask: DrawAsk) -> Reply:
+        assert self._tokenizer is not None
+        body = build_draw_request(
+            self.render(messages, answer),
+            ask,
+            dialect=self._dialect,
+            model=self._model,
+            end_ids=self._tokenizer.end_ids,
+        )
+        data = await self._client.post_json("/completions", body)
+        return parse_draw(data, num_tokens=body["max_tokens"], expert=self.name)
+
 
 def open_expert(config: ExpertConfig, cache: DistributionCache | None) -> IdCompletions | TextCompletions:
     """Connect to `base_url` in the dialect that `provider` names. Raises ConfigError or AuthenticationError."""
     dialect = COMPLETIONS[config.provider]
+    if config.logprobs and not dialect.capabilities.gives_lists:
+        raise ConfigError(
+            f"expert {config.name!r}: {config.provider} gives no logprobs",
+            hint="Set `logprobs = false` to use it in chat, or serve the model with an engine that gives them.",
+        )
     base_url = required_url(config, dialect.base_url)
     client = open_client(config, base_url if "/v1" in base_url or dialect.base_url else f"{base_url}/v1")
     tokenizer = load_chat_tokenizer(config.tokenizer) if config.tokenizer else None

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Final, Literal
 
 from mope_bb.providers.base import Capabilities
+from mope_bb.providers.llamacpp_wire import NOTHING_FILTERED as LLAMACPP_UNFILTERED
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +27,11 @@ class Dialect:
     """At which the endpoint returns the model's own logprobs. 0 where it can be: the drawn token is then on top."""
     extra: Mapping[str, Any] = field(default_factory=dict)
     """Constant fields of every request."""
+    nothing_filtered: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of a draft, and of a token that is drawn without logprobs, that switch off all that stands between the
+    model and what is drawn: servers take defaults for them from the model's generation_config."""
+    shows_drawn: Mapping[str, Any] = field(default_factory=dict)
+    """Fields with which a token that is drawn without logprobs comes with its id."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +40,6 @@ class CompletionsDialect(Dialect):
 
     logprobs: Literal["number", "switch"] = "number"
     """`logprobs: k`, or `logprobs: true` with `top_logprobs: k`."""
-    nothing_filtered: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of a draft that switch off all that stands between the model and what is drawn: servers take defaults for
-    them from the model's generation_config."""
     takes_lists: bool = False
     """Several prompts in one request."""
     tells_tokenizer: bool = False
@@ -45,12 +48,17 @@ class CompletionsDialect(Dialect):
     """A harmless token must be forced, since a drawn half character costs the list; the list itself stays raw."""
     reports_usage: bool = True
     """`usage.prompt_tokens` counts all that was sent."""
+    takes_generation_config: bool = False
+    """It is greedy unless a `generation_config` says otherwise, and tells an end only where it may write one token
+    more."""
 
 
 @dataclass(frozen=True, slots=True)
 class ChatDialect(Dialect):
     """OpenAI's chat completions."""
 
+    repeats_answer: bool | None = False
+    """The answer so far stands before what was drawn; None: on some servers."""
     prefill: Literal["continue_final_message", "prefix", "trailing", "none"] = "none"
     """How a last message of the assistant is continued: by a flag of the request, of the message, or as it is."""
     max_tokens_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
@@ -66,6 +74,16 @@ class ChatDialect(Dialect):
     """What to do where there are no logprobs."""
 
 
+_VLLM_UNFILTERED: Final = {
+    "top_k": -1,
+    "top_p": 1.0,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+}
+"""SGLang has the same names."""
+
 COMPLETIONS: Final[Mapping[str, CompletionsDialect]] = {
     "vllm": CompletionsDialect(
         Capabilities(score="prefixes", logprob_noise=1e-4, drafts="exact"),
@@ -76,14 +94,8 @@ COMPLETIONS: Final[Mapping[str, CompletionsDialect]] = {
             "add_special_tokens": False,
             "skip_special_tokens": False,
         },
-        nothing_filtered={
-            "top_k": -1,
-            "top_p": 1.0,
-            "min_p": 0.0,
-            "repetition_penalty": 1.0,
-            "presence_penalty": 0.0,
-            "frequency_penalty": 0.0,
-        },
+        nothing_filtered=_VLLM_UNFILTERED,
+        shows_drawn={"return_token_ids": True},
         takes_lists=True,
         tells_tokenizer=True,
     ),
@@ -97,6 +109,7 @@ COMPLETIONS: Final[Mapping[str, CompletionsDialect]] = {
             drafts="lists",
         ),
         source="S SGLang 0.5.23: 0 is computed as 1; keys are text, parts of characters as latin-1; prefer `sglang`",
+        nothing_filtered=_VLLM_UNFILTERED,
         takes_lists=True,
         tells_tokenizer=True,
     ),
@@ -104,6 +117,7 @@ COMPLETIONS: Final[Mapping[str, CompletionsDialect]] = {
         Capabilities(logprob_noise=0.02, drafts="lists"),
         source="R llama.cpp 2026.10: answers in the chat shape, with ids and bytes; prefer `llamacpp`",
         temperature=1.0,
+        nothing_filtered=LLAMACPP_UNFILTERED,
         takes_lists=False,
         forces_token=True,
     ),
@@ -146,6 +160,13 @@ COMPLETIONS: Final[Mapping[str, CompletionsDialect]] = {
         source="D api-docs.deepseek.com (FIM, beta); I logprobs after temperature, so 1 is sent",
         base_url="https://api.deepseek.com/beta",
         temperature=1.0,
+    ),
+    "transformers": CompletionsDialect(
+        Capabilities(
+            prefill="text", ids_in=False, ids_out=False, byte_exact=False, eos_visible=False, gives_lists=False
+        ),
+        source="R `transformers serve` 5.19: without logprobs, for chat under the linear rule",
+        takes_generation_config=True,
     ),
     "completions": CompletionsDialect(
         Capabilities(
@@ -242,6 +263,7 @@ CHAT: Final[Mapping[str, ChatDialect]] = {
         # Each upstream is another server: what bytes and which scale depends on it.
         replace(_CHAT, max_top_k=20, byte_exact=False),
         source="D openrouter.ai/docs; I upstreams differ in all else, so 1 is sent",
+        repeats_answer=None,
         base_url="https://openrouter.ai/api/v1",
         temperature=1.0,
         extra={"provider": {"allow_fallbacks": False, "require_parameters": True}},
@@ -251,6 +273,7 @@ CHAT: Final[Mapping[str, ChatDialect]] = {
     "mistral": ChatDialect(
         replace(_CHAT, ids_out=True),
         source="S mistralai 3.7; U scale (so 1 is sent) and k",
+        repeats_answer=True,
         base_url="https://api.mistral.ai/v1",
         temperature=1.0,
         prefill="prefix",
@@ -270,10 +293,13 @@ CHAT: Final[Mapping[str, ChatDialect]] = {
         prefill="continue_final_message",
         # Without them `bytes` are those of the decoded text, and half characters are "".
         id_fields={"return_tokens_as_token_ids": True},
+        nothing_filtered=_VLLM_UNFILTERED,
+        shows_drawn={"return_token_ids": True},
     ),
     "sglang-chat": ChatDialect(
         replace(_CHAT, logprob_scale="scaled", logprob_noise=1e-2),
         source="S SGLang 0.5.23: 0 is computed as 1; prefer `sglang`",
+        nothing_filtered=_VLLM_UNFILTERED,
         # Without the flag a last message of the assistant becomes one of the user.
         prefill="continue_final_message",
     ),
@@ -281,6 +307,8 @@ CHAT: Final[Mapping[str, ChatDialect]] = {
         replace(_CHAT, logprob_scale="raw", ids_out=True, logprob_noise=0.02),
         source="R llama.cpp 2026.10; prefer `llamacpp`",
         temperature=1.0,
+        nothing_filtered=LLAMACPP_UNFILTERED,
+        repeats_answer=True,
         prefill="trailing",
         forces_token=True,
         needs_tokenizer=True,
@@ -288,6 +316,7 @@ CHAT: Final[Mapping[str, ChatDialect]] = {
     "chat": ChatDialect(
         replace(_CHAT, byte_exact=False, eos_visible=False),
         source="U any other server with OpenAI's chat completions",
+        repeats_answer=None,
         prefill="trailing",
     ),
 }

@@ -24,6 +24,7 @@ from mope_bb.errors import (
 )
 from mope_bb.providers.base import Capabilities, Expert, IdExpert, build_distribution
 from mope_bb.providers.drafting import build_step, build_steps, certain_positions, undrawn_entries, whole_entries
+from mope_bb.providers.drawing import ONE_DRAW, DrawAsk, piece_of_draw
 from mope_bb.providers.wire import Position, Reply
 from mope_bb.types import END, Context, DraftStep, Message, Piece, TokenDistribution
 
@@ -126,6 +127,21 @@ class WireExpert(Expert):
     async def write(self, context: Context, ask: Ask) -> Reply:
         """What the endpoint writes by itself, with all that can be known of it."""
         return await self.observe(context, ask)
+
+    async def draw(self, context: Context, ask: DrawAsk = ONE_DRAW) -> Reply:
+        """One request without logprobs, not cached: what the endpoint draws. Raises ProviderError or AlignmentError."""
+        raise NotImplementedError(f"{self.name!r} is asked for its lists")
+
+    async def read_draw(self, reply: Reply) -> Piece:
+        """The piece of the one token that was drawn. Raises AlignmentError."""
+        return piece_of_draw(reply, await self.drawn_with(), expert=self.name)
+
+    async def drawn_with(self) -> ChatTokenizer | None:
+        """The tokenizer in which drawn texts are looked up, where it is known."""
+        return None
+
+    async def sample(self, context: Context) -> Piece:
+        return await self.read_draw(await self.draw(context))
 
     async def num_asked(self, top_k: int) -> int:
         """How many entries are asked for, so that `top_k` pieces remain."""
@@ -269,6 +285,9 @@ class IdEndpoint(IdExpert, WireExpert):
             return build_from_reply(reply, num_ids=num_ids, top_k=top_k, vocab_size=vocab_size, expert=self.name)
         except MopeError as error:
             return error
+
+    async def drawn_with(self) -> ChatTokenizer | None:
+        return await self.tokenizer()
 
     async def fingerprint(self) -> str:
         return (await self.tokenizer()).fingerprint

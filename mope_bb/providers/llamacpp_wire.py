@@ -105,27 +105,29 @@ def parse_reply(data: Any, reader: PieceReader, *, num_ids: int, expert: str) ->
 def parse_draft(data: Any, reader: PieceReader, *, num_ids: int, expert: str) -> Reply:
     """The same where nothing was forced: up to the first position whose list is left out. Raises a ProviderError.
 
-    From there on lists come too early. That token ends inside a character, as it would anywhere: so what stands in its
-    place is another token.
+    From there on lists come too early, and the next token has the bytes of those that were left out before its own. The
+    first one left out ends inside a character, as it would anywhere: so what stands in its place is another token.
     """
-    reply = parse_reply(data, reader, num_ids=num_ids, expert=expert)
-    tokens, listed = data.get("tokens"), data.get("completion_probabilities") or ()
-    if not tokens:
-        raise LogprobsUnavailableError("the server does not tell the ids of what it drew", expert=expert)
-    positions: list[Position] = []
-    unlisted = None
     try:
-        for place, token_id in enumerate(tokens):
-            if place == len(listed) or listed[place]["id"] != token_id:
-                unlisted = reader.read(None, data=b"", token_id=token_id)
-                break
-            value = checked_logprob(listed[place]["logprob"])
-            positions.append(replace(reply.positions[place], drawn_logprob=value))
-    except (KeyError, TypeError, ValueError) as error:
+        tokens, listed = data.get("tokens") or (), data.get("completion_probabilities") or ()
+        pairs = zip(tokens, (position["id"] for position in listed), strict=False)
+        num_certain = next((place for place, (drawn, told) in enumerate(pairs) if drawn != told), len(listed))
+        reply = parse_reply(
+            {**data, "completion_probabilities": listed[:num_certain]}, reader, num_ids=num_ids, expert=expert
+        )
+        if not tokens:
+            raise LogprobsUnavailableError("the server does not tell the ids of what it drew", expert=expert)
+        positions = tuple(
+            replace(position, drawn_logprob=checked_logprob(wired["logprob"]))
+            for position, wired in zip(reply.positions, listed, strict=False)
+        )
+        left_out = tokens[num_certain] if num_certain < len(tokens) else None
+        unlisted = None if left_out is None else reader.read(None, data=b"", token_id=left_out)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise MalformedResponseError(
             f"what was drawn is not as llama.cpp writes it: {error!r}", expert=expert
         ) from None
-    return replace(reply, positions=tuple(positions), unlisted=unlisted)
+    return replace(reply, positions=positions, unlisted=unlisted)
 
 
 def can_be_forced(piece: Piece) -> bool:
@@ -160,12 +162,20 @@ def split_response(data: Any, num_prompts: int, *, expert: str) -> list[Any]:
 def _parse_position(position: Mapping[str, Any], reader: PieceReader) -> Position:
     known = reader.known
     entries = tuple(
-        (known.get(entry["id"]) or _parse_piece(entry, reader), checked_logprob(entry["logprob"]))
+        (known.get(entry["id"]) or _remember_piece(entry, reader), checked_logprob(entry["logprob"]))
         for entry in position["top_logprobs"]
     )
-    # Without its logprob: it may be the token that we forced, which says nothing about the list.
+    # Without its logprob: it may be the token that we forced, which says nothing about the list. Not to be remembered:
+    # where the tokens before it ended inside a character, its bytes begin with theirs.
     drawn = _parse_piece(position, reader) if "id" in position else None
     return Position(entries, drawn, has_ids=True)
+
+
+def _remember_piece(entry: Mapping[str, Any], reader: PieceReader) -> Piece:
+    piece = _parse_piece(entry, reader)
+    if piece.data:
+        reader.known[entry["id"]] = piece
+    return piece
 
 
 def _parse_piece(entry: Mapping[str, Any], reader: PieceReader) -> Piece:

@@ -22,6 +22,7 @@ from mope_bb.config import ExpertConfig
 from mope_bb.errors import ConfigError, LogprobsUnavailableError, MalformedResponseError
 from mope_bb.providers.connect import open_client, required_model, required_url
 from mope_bb.providers.dialects import NATIVE
+from mope_bb.providers.drawing import DrawAsk
 from mope_bb.providers.endpoint import Ask
 from mope_bb.providers.text_endpoint import TextEndpoint
 from mope_bb.providers.wire import REPLACEMENT, PieceReader, Reply, parse_openai_logprobs
@@ -43,6 +44,12 @@ NOTHING_FILTERED: Final[Mapping[str, Any]] = {
 
 def build_request(prompt: str, ask: Ask, *, model: str) -> dict[str, Any]:
     """The body of one question."""
+    body = build_draw_request(prompt, DrawAsk(ask.num_tokens, ask.temperature or 0.0), model=model)
+    return body | {"logprobs": True, "top_logprobs": ask.top_k}
+
+
+def build_draw_request(prompt: str, ask: DrawAsk, *, model: str) -> dict[str, Any]:
+    """The body of a question for what the endpoint draws, without logprobs."""
     return {
         "model": model,
         "prompt": prompt,
@@ -50,18 +57,14 @@ def build_request(prompt: str, ask: Ask, *, model: str) -> dict[str, Any]:
         "stream": False,
         "truncate": False,
         "shift": False,
-        "logprobs": True,
-        "top_logprobs": ask.top_k,
-        "options": {"num_predict": ask.num_tokens, "temperature": ask.temperature or 0.0, **NOTHING_FILTERED},
+        "options": {"num_predict": ask.num_tokens, "temperature": ask.temperature, **NOTHING_FILTERED},
     }
 
 
 def parse_reply(data: Any, reader: PieceReader, *, expert: str) -> Reply:
     """The reply to one question. Raises LogprobsUnavailableError or MalformedResponseError."""
-    text = data.get("response") if isinstance(data, dict) else None
-    if not isinstance(text, str):
-        raise MalformedResponseError(f"the reply has no text `response`: {str(data)[:100]!r}", expert=expert)
-    has_ended = data.get("done_reason") == "stop"
+    drawn = parse_draw(data, expert=expert)
+    text, has_ended = drawn.text or "", drawn.has_ended
     logprobs = data.get("logprobs")
     if not logprobs:
         if has_ended and not text:
@@ -70,6 +73,14 @@ def parse_reply(data: Any, reader: PieceReader, *, expert: str) -> Reply:
     # What was read (`prompt_eval_count`) leaves out in some versions what was in the cache, so it proves nothing.
     positions = parse_openai_logprobs({"content": logprobs}, reader, expert=expert)
     return Reply(positions, has_ended=has_ended, text=text)
+
+
+def parse_draw(data: Any, *, expert: str) -> Reply:
+    """What was drawn, without lists. Raises MalformedResponseError."""
+    text = data.get("response") if isinstance(data, dict) else None
+    if not isinstance(text, str):
+        raise MalformedResponseError(f"the reply has no text `response`: {str(data)[:100]!r}", expert=expert)
+    return Reply((), has_ended=data.get("done_reason") == "stop", text=text)
 
 
 def _no_logprobs(text: str, expert: str) -> LogprobsUnavailableError:
@@ -101,6 +112,10 @@ class OllamaExpert(TextEndpoint):
         body = build_request(self.render(messages, answer), ask, model=self._model)
         data = await self._client.post_json("/api/generate", body)
         return parse_reply(data, PieceReader(self._tokenizer), expert=self.name)
+
+    async def draw_text(self, messages: Sequence[Message], answer: str, ask: DrawAsk) -> Reply:
+        body = build_draw_request(self.render(messages, answer), ask, model=self._model)
+        return parse_draw(await self._client.post_json("/api/generate", body), expert=self.name)
 
 
 def open_expert(config: ExpertConfig, cache: DistributionCache | None) -> OllamaExpert:

@@ -87,6 +87,14 @@ class ExpertPool:
         """The next-token distribution of one expert."""
         return await self._experts[name].next_tokens(context, top_k=self._top_k[name])
 
+    async def recall(self, names: Sequence[str], context: Context) -> list[TokenDistribution] | None:
+        """What `ask` would answer, where all of it is in the cache."""
+        if self._cache is None:
+            return None
+        calls = [self._experts[name].recall(context, top_k=self._top_k[name]) for name in names]
+        found = [one for one in await together(calls) if one is not None]
+        return found if len(found) == len(names) else None
+
     async def draft(
         self, name: str, context: Context, *, num_tokens: int, temperature: float, seed: int | None = None
     ) -> tuple[DraftStep, ...]:

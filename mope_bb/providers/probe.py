@@ -17,6 +17,7 @@ from typing import Final
 
 from mope_bb.config import ExpertConfig
 from mope_bb.errors import (
+    AlignmentError,
     AuthenticationError,
     ConfigError,
     LogprobsUnavailableError,
@@ -40,6 +41,7 @@ from mope_bb.providers.endpoint import Ask, WireExpert, build_from_reply
 from mope_bb.providers.findings import DRAFTS, NOT_NEEDED, SCORING, ExpertReport, Verdict
 from mope_bb.providers.pool import allowed_top_k
 from mope_bb.providers.probe_ahead import drafts_as_asked, scores_as_asked
+from mope_bb.providers.probe_draws import DrawProbe
 from mope_bb.providers.registry import open_expert
 from mope_bb.providers.wire import Reply, is_whole_text
 from mope_bb.types import END, Context, Message, Piece
@@ -92,7 +94,7 @@ async def _probe_together(configs: Sequence[ExpertConfig], reports: Sequence[Exp
     """Does one server keep its models apart when they are asked at the same time? Not all do (vllm#48421)."""
     by_address: dict[str, list[tuple[ExpertConfig, ExpertReport]]] = {}
     for config, report in zip(configs, reports, strict=True):
-        if config.addresses and report.can_run:
+        if config.addresses and report.can_run and config.logprobs:
             by_address.setdefault(config.addresses[0].rstrip("/"), []).append((config, report))
     for group in by_address.values():
         if len({config.model for config, _ in group}) > 1:
@@ -182,10 +184,16 @@ class _Probe:
         checks: Sequence[tuple[str, Callable[[], Awaitable[None]]]] = (
             ("model", self._model),
             ("tokenizer", self._tokenizer),
-            ("logprobs", self._logprobs),
+            *(
+                (("logprobs", self._logprobs),)
+                if self._expert.capabilities.gives_lists
+                else DrawProbe(self._expert, self._questions(), self._report).checks()
+            ),
         )
         for check, look in checks:
             await self._guarded(check, look)
+        if not self._expert.capabilities.gives_lists:
+            return
         if self._report.findings["logprobs"].verdict == "error":
             # Where numbers are given at all, their scale may be the reason.
             with suppress(MopeError):
@@ -222,13 +230,16 @@ class _Probe:
     async def _is_reachable(self) -> bool:
         started = time.perf_counter()
         try:
-            await self._observe(Ask(1))
+            if self._expert.capabilities.gives_lists:
+                await self._observe(Ask(1))
+            else:
+                await self._expert.draw(self._question())
         except (AuthenticationError, ConfigError) as error:
             self._add("reachable", "error", "not set up", error.in_words)
             return False
-        except ProviderError as error:
+        except (ProviderError, AlignmentError) as error:
             # An answer that holds no distribution is an answer; a refusal, or none at all, is not.
-            if not isinstance(error, LogprobsUnavailableError | TopKError):
+            if not isinstance(error, LogprobsUnavailableError | TopKError | AlignmentError):
                 self._add("reachable", "error", type(error).__name__, error.in_words)
                 return False
         self._add("reachable", "ok", f"{time.perf_counter() - started:.2f} s at first")
@@ -430,7 +441,10 @@ class _Probe:
             self._add("scoring", "warning", "other lists", advice)
 
     def _question(self) -> Context:
-        return Context((Message("user", QUESTIONS[0]),))
+        return self._questions()[0]
+
+    def _questions(self) -> list[Context]:
+        return [Context((Message("user", question),)) for question in QUESTIONS]
 
     async def _latency(self) -> None:
         grows = self._expert.capabilities.prefill != "none"

@@ -13,6 +13,7 @@ from mope_bb.cache import DistributionCache, distribution_key
 from mope_bb.chat_tokenizer import ChatTokenizer, as_openai, refuse_control_token
 from mope_bb.errors import AlignmentError, PrefillError
 from mope_bb.providers.base import Capabilities, with_system
+from mope_bb.providers.drawing import ONE_DRAW, DrawAsk
 from mope_bb.providers.endpoint import Ask, WireExpert, build_from_reply
 from mope_bb.providers.wire import Reply
 from mope_bb.types import Context, Message, Piece, TokenDistribution
@@ -53,21 +54,37 @@ class TextEndpoint(WireExpert):
     async def ask_text(self, messages: Sequence[Message], answer: str, ask: Ask) -> Reply:
         """One request; `messages` have the expert's own system prompt. Raises ProviderError."""
 
+    async def recall(self, context: Context, *, top_k: int) -> TokenDistribution | None:
+        return None if self._cache is None else await self._cache.get(self._key(*self._prompt(context), top_k))
+
     async def next_tokens(self, context: Context, *, top_k: int) -> TokenDistribution:
         messages, answer = self._prompt(context)
         if self._cache is None:
             return await self._ask(messages, answer, top_k)
-        document = orjson.dumps([[as_openai(message) for message in messages], answer]).decode()
-        key = distribution_key(self._identity, document, top_k)
+        key = self._key(messages, answer, top_k)
         found = await self._cache.get(key)
         if found is None:
             found = await self._ask(messages, answer, top_k)
             await self._cache.put(key, found)
         return found
 
+    def _key(self, messages: Sequence[Message], answer: str, top_k: int) -> str:
+        document = orjson.dumps([[as_openai(message) for message in messages], answer]).decode()
+        return distribution_key(self._identity, document, top_k)
+
     async def observe(self, context: Context, ask: Ask) -> Reply:
         messages, answer = self._prompt(context)
         return await self.ask_text(messages, answer, ask)
+
+    async def draw_text(self, messages: Sequence[Message], answer: str, ask: DrawAsk) -> Reply:
+        """One request without logprobs; `messages` have the expert's own system prompt. Raises ProviderError."""
+        raise NotImplementedError(f"{self.name!r} is asked for its lists")
+
+    async def draw(self, context: Context, ask: DrawAsk = ONE_DRAW) -> Reply:
+        return await self.draw_text(*self._prompt(context), ask)
+
+    async def drawn_with(self) -> ChatTokenizer | None:
+        return self._tokenizer
 
     def render(self, messages: Sequence[Message], answer: str) -> str:
         """The template as text with the answer so far, without the BOS that servers put before a text themselves."""

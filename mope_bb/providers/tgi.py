@@ -22,6 +22,7 @@ from mope_bb.config import ExpertConfig
 from mope_bb.errors import ConfigError, LogprobsUnavailableError, MalformedResponseError
 from mope_bb.providers.connect import open_client, required_url
 from mope_bb.providers.dialects import NATIVE
+from mope_bb.providers.drawing import DrawAsk
 from mope_bb.providers.endpoint import Ask
 from mope_bb.providers.text_endpoint import TextEndpoint
 from mope_bb.providers.wire import PieceReader, Reply, build_position, checked_logprob
@@ -31,13 +32,14 @@ from mope_bb.types import Message, Piece
 
 def build_request(prompt: str, ask: Ask) -> dict[str, Any]:
     """The body of one question."""
-    parameters: dict[str, Any] = {
-        "max_new_tokens": ask.num_tokens,
-        "details": True,
-        "top_n_tokens": ask.top_k,
-        "do_sample": False,
-    }
-    if ask.temperature:  # 0 is refused
+    body = build_draw_request(prompt, DrawAsk(ask.num_tokens, ask.temperature or 0.0))
+    return {**body, "parameters": {**body["parameters"], "top_n_tokens": ask.top_k}}
+
+
+def build_draw_request(prompt: str, ask: DrawAsk) -> dict[str, Any]:
+    """The body of a question for what the endpoint draws, without lists."""
+    parameters: dict[str, Any] = {"max_new_tokens": ask.num_tokens, "details": True, "do_sample": False}
+    if ask.temperature:  # 0 is refused, and so is a top_p of 1
         parameters |= {"do_sample": True, "temperature": ask.temperature}
     return {"inputs": prompt, "parameters": parameters}
 
@@ -59,6 +61,16 @@ def parse_reply(data: Any, reader: PieceReader, *, expert: str) -> Reply:
     return Reply(positions, has_ended=details.get("finish_reason") == "eos_token")
 
 
+def parse_draw(data: Any, *, expert: str) -> Reply:
+    """What was drawn, without lists. Raises MalformedResponseError."""
+    try:
+        details, text = data["details"], str(data["generated_text"])
+        ids = tuple(token["id"] for token in details["tokens"])
+    except (KeyError, TypeError) as error:
+        raise MalformedResponseError(f"the reply is not as TGI writes it: {error!r}", expert=expert) from None
+    return Reply((), has_ended=details.get("finish_reason") == "eos_token", text=text, token_ids=ids)
+
+
 def _read(token: Mapping[str, Any], reader: PieceReader) -> tuple[Piece | None, float | None]:
     if type(token["id"]) is not int:
         raise ValueError(f"id {token['id']!r}")
@@ -78,6 +90,10 @@ class TgiExpert(TextEndpoint):
     async def ask_text(self, messages: Sequence[Message], answer: str, ask: Ask) -> Reply:
         data = await self._client.post_json("/generate", build_request(self.render(messages, answer), ask))
         return parse_reply(data, PieceReader(self._tokenizer), expert=self.name)
+
+    async def draw_text(self, messages: Sequence[Message], answer: str, ask: DrawAsk) -> Reply:
+        data = await self._client.post_json("/generate", build_draw_request(self.render(messages, answer), ask))
+        return parse_draw(data, expert=self.name)
 
 
 def open_expert(config: ExpertConfig, cache: DistributionCache | None) -> TgiExpert:

@@ -69,6 +69,8 @@ class Reply:
     """All that was drawn as text, where the endpoint tells."""
     unlisted: Piece | None = None
     """What was drawn after `positions`, where the endpoint tells and left out the list."""
+    token_ids: tuple[int, ...] | None = None
+    """All that was drawn as ids, where no lists were asked for and the endpoint tells."""
 
 
 class PieceReader:
@@ -86,7 +88,7 @@ class PieceReader:
         self._end_ids = frozenset(end_ids)
         self._end_texts = frozenset(end_texts)
         self.known: dict[int, Piece] = {}
-        """The pieces of ids that were read with their bytes: lists name the same few hundred again and again."""
+        """Pieces that were read from lists, by id: lists name the same few hundred again and again."""
 
     def read(self, text: str | None, *, data: bytes | None = None, token_id: int | None = None) -> Piece | None:
         """The piece; None where the wire does not tell which one it is."""
@@ -116,10 +118,7 @@ class PieceReader:
             return self._tokenizer.piece(token_id)
         if token_id in self._end_ids or text in self._end_texts:
             return END
-        piece = Piece(data if data is not None else (text or "").encode(), token_id)
-        if piece.data:
-            self.known[token_id] = piece
-        return piece
+        return Piece(data if data is not None else (text or "").encode(), token_id)
 
 
 def parse_openai_logprobs(logprobs: Any, reader: PieceReader, *, expert: str) -> tuple[Position, ...]:

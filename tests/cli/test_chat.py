@@ -48,13 +48,14 @@ def test_json_holds_everything_about_a_token(mope: Run, scripted_config: str) ->
     first, *_, last = tokens_of(result.out)
     assert set(first) == {
         *("text", "token_id", "bytes", "logprob", "weights"),
-        *("expert_logprobs", "missed_mass", "floor_mass", "finish_reason"),
+        *("expert_logprobs", "missed_mass", "floor_mass", "drawn_by", "finish_reason"),
     }
     assert first["text"] == "Hi"
     assert first["bytes"] == [72, 105]
     assert first["weights"] == {"left": 0.5, "right": 0.5}
     assert first["expert_logprobs"] == {"left": pytest.approx(math.log(0.9)), "right": pytest.approx(math.log(0.2))}
     assert first["missed_mass"] == pytest.approx(0.0)
+    assert first["drawn_by"] is None
     assert first["finish_reason"] is None
     assert last["finish_reason"] == "stop"
     assert result.err == ""

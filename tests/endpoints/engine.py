@@ -64,10 +64,19 @@ class TinyEngine:
         return self._row(tuple(ids))
 
     def generate(
-        self, ids: Sequence[int], num_tokens: int, *, temperature: float = 0.0, bias: Mapping[int, float] | None = None
+        self,
+        ids: Sequence[int],
+        num_tokens: int,
+        *,
+        temperature: float = 0.0,
+        bias: Mapping[int, float] | None = None,
+        seed: int | None = None,
     ) -> list[Drawn]:
-        """Draw until `num_tokens` or the end, which is drawn as well; `bias` changes what is drawn, not the lists."""
-        generator = torch.Generator().manual_seed(len(ids))
+        """Draw until `num_tokens` or the end, which is drawn as well; `bias` changes what is drawn, not the lists.
+
+        Without a `seed` equal questions draw equally.
+        """
+        generator = torch.Generator().manual_seed(len(ids) if seed is None else seed)
         found: list[Drawn] = []
         while len(found) < num_tokens and not (found and found[-1].token_id == self.end_id):
             row = self._row((*ids, *(one.token_id for one in found)))

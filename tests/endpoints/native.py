@@ -23,9 +23,17 @@ def only_engine(stand_in: StandIn) -> TinyEngine:
     return engine
 
 
-def draw(stand_in: StandIn, engine: TinyEngine, ids: Sequence[int], num_tokens: int, temperature: float) -> list[Drawn]:
+def draw(
+    stand_in: StandIn,
+    engine: TinyEngine,
+    ids: Sequence[int],
+    num_tokens: int,
+    temperature: float,
+    *,
+    seed: int | None = None,
+) -> list[Drawn]:
     """What is generated, with the logprobs that the server reports."""
-    drawn = engine.generate(ids, num_tokens, temperature=temperature)
+    drawn = engine.generate(ids, num_tokens, temperature=temperature, seed=seed)
     return [damage(one, stand_in.faults, temperature) for one in drawn]
 
 
@@ -142,21 +150,23 @@ def ollama_generate(stand_in: StandIn, body: Mapping[str, Any], request: web.Req
     engine = stand_in.engine(body.get("model"))
     if engine is None:
         return 404, {"error": f"model '{body.get('model')}' not found"}
-    if not 0 <= body["top_logprobs"] <= 20:
+    if not 0 <= body.get("top_logprobs", 0) <= 20:
         return 400, {"error": "top_logprobs must be between 0 and 20"}
     ids = engine.encode(body["prompt"])
     if len(ids) >= engine.max_length:
         message = f"request ({len(ids)} tokens) exceeds the available context size ({engine.max_length} tokens)"
         return 400, {"error": f'{{"error":{{"code":400,"message":"{message}, try increasing it"}}}}'}
     options = body["options"]
-    drawn = draw(stand_in, engine, ids, options["num_predict"], options["temperature"])
+    seed = None if "logprobs" in body else len(stand_in.requests)
+    drawn = draw(stand_in, engine, ids, options["num_predict"], options["temperature"], seed=seed)
     logprobs, pending, text = [], b"", ""
     for one in drawn:
         pending += engine.data(one.token_id)
         whole = pending.decode(errors="ignore").encode() == pending
         if whole and pending:
             text, pending = text + pending.decode(), b""
-            logprobs.append(ollama_entry(engine, one, body["top_logprobs"]))
+            if "logprobs" in body:
+                logprobs.append(ollama_entry(engine, one, body["top_logprobs"]))
     ended = drawn[-1].token_id == engine.end_id
     reply = {"model": body["model"], "created_at": "2026-11-24T21:54:00Z", "response": text, "done": True}
     reply |= {"done_reason": "stop" if ended else "length", "prompt_eval_count": len(ids), "eval_count": len(drawn)}
@@ -177,7 +187,7 @@ def ollama_entry(engine: TinyEngine, one: Drawn, k: int) -> dict[str, Any]:
 def tgi_generate(stand_in: StandIn, body: Mapping[str, Any], request: web.Request) -> Reply:
     """POST /generate of Text Generation Inference."""
     engine, parameters = only_engine(stand_in), body["parameters"]
-    k, limit = parameters["top_n_tokens"], stand_in.max_logprobs
+    k, limit = parameters.get("top_n_tokens", 0), stand_in.max_logprobs
     if limit is not None and k > limit:
         return tgi_invalid(f"`top_n_tokens` must be >= 0 and <= {limit}. Given: {k}")
     ids, num_tokens = engine.encode(body["inputs"]), parameters["max_new_tokens"]
@@ -187,13 +197,13 @@ def tgi_generate(stand_in: StandIn, body: Mapping[str, Any], request: web.Reques
             f"{num_tokens} `max_new_tokens`"
         )
     temperature = parameters.get("temperature", 1.0) if parameters["do_sample"] else 0.0
-    drawn = engine.generate(ids, num_tokens, temperature=temperature)
+    drawn = engine.generate(ids, num_tokens, temperature=temperature, seed=None if k else len(stand_in.requests))
     if temperature:
         drawn = [damage(one, frozenset({"scaled"}), temperature) for one in drawn]
     ended = drawn[-1].token_id == engine.end_id
     details: dict[str, Any] = {"finish_reason": "eos_token" if ended else "length", "seed": None, "prefill": []}
     details |= {"generated_tokens": len(drawn), "tokens": [tgi_token(engine, one, one.token_id) for one in drawn]}
-    if "null" not in stand_in.faults:
+    if k and "null" not in stand_in.faults:
         details["top_tokens"] = [[tgi_token(engine, one, token) for token in with_ties(one, k)] for one in drawn]
     return 200, {"generated_text": engine.decode([one.token_id for one in drawn]), "details": details}
 

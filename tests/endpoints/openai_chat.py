@@ -193,6 +193,7 @@ class Dialect:
             "message": {"role": "assistant", "content": text, "refusal": None},
             "logprobs": self._logprobs(engine, drawn, body, stand_in.faults),
             "finish_reason": "stop" if drawn[-1].token_id == engine.end_id else "length",
+            "token_ids": [one.token_id for one in drawn] if body.get("return_token_ids") else None,
         }
         if "thinking" in (self.known or ()) and body.get("thinking") != {"type": "disabled"}:
             choice |= {"message": {"role": "assistant", "content": "", "reasoning_content": "Hm"}, "logprobs": None}
@@ -208,9 +209,11 @@ class Dialect:
         if strange:
             return error(400, f"Unrecognized request argument supplied: {min(strange)}")
         k, limit = body.get("top_logprobs"), self.max_k or stand_in.max_logprobs
-        if body.get("logprobs") is not True or type(k) is not int:
-            return error(400, f"logprobs {body.get('logprobs')}, top_logprobs {k}: the tests ask for lists")
-        if limit is not None and k > limit:
+        if body.keys() & {"logprobs", "top_logprobs"} and (body.get("logprobs") is not True or type(k) is not int):
+            return error(
+                400, f"logprobs {body.get('logprobs')}, top_logprobs {k}: the tests ask for lists, or for none"
+            )
+        if limit is not None and k is not None and k > limit:
             return error(400, self.too_many.format(limit=limit, k=k), param="top_logprobs")
         return None
 
@@ -218,7 +221,7 @@ class Dialect:
         self, engine: TinyEngine, drawn: Sequence[Drawn], body: Mapping[str, Any], faults: frozenset[str]
     ) -> dict[str, Any] | None:
         visible = [one for one in drawn if self.lists_end or one.token_id != engine.end_id]
-        if "null" in faults:
+        if "null" in faults or "logprobs" not in body:
             return None
         if self.loses_list:
             visible = [one for at, one in enumerate(visible) if _ends_whole(engine, visible[: at + 1])]

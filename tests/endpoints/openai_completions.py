@@ -7,6 +7,7 @@ the drawn token in front and drops the last one, "null" gives none.
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -58,7 +59,8 @@ def completions(
                     type="BadRequestError",
                 )
             bias = {int(key): value for key, value in (body.get("logit_bias") or {}).items()}
-            drawn = engine.generate(ids, body["max_tokens"], temperature=body["temperature"], bias=bias)
+            seed = None if k is not None else len(stand_in.requests)
+            drawn = engine.generate(ids, body["max_tokens"], temperature=body["temperature"], bias=bias, seed=seed)
             ended = drawn[-1].token_id == engine.end_id
             echoed = range(len(ids) - body.get("echo_last", 0), len(ids))
             drawn = [*(Drawn(ids[at], engine.row(ids[:at])) for at in echoed), *drawn]
@@ -72,6 +74,7 @@ def completions(
                     if k is None or short is None or "null" in stand_in.faults
                     else write(engine, drawn, short, {**body, "faults": stand_in.faults}),
                     "finish_reason": "stop" if ended else "length",
+                    "token_ids": [one.token_id for one in drawn] if body.get("return_token_ids") else None,
                 }
             )
         usage = {"prompt_tokens": sum(map(len, prompts)), "completion_tokens": len(choices)}
@@ -79,6 +82,29 @@ def completions(
         return 200, {"object": "text_completion", "model": body["model"], "choices": choices, "usage": usage}
 
     return handler
+
+
+def transformers_completions(stand_in: StandIn, body: Mapping[str, Any], request: web.Request) -> Reply:
+    """POST /v1/completions of `transformers serve`: no logprobs, greedy unless it is told to sample, and an end that is
+    the last token that it may write is told as "length".
+    """
+    known = {"model", "prompt", "max_tokens", "temperature", "top_p", "generation_config"}
+    if strange := set(body) - known:
+        return 422, {"detail": f"Unexpected fields in the request: {strange}"}
+    engine = stand_in.engine(body["model"])
+    if engine is None:
+        return 400, {"detail": f"Server is pinned to 'tiny'; requested {body['model']!r}."}
+    config = json.loads(body.get("generation_config", "{}"))
+    ids, num_tokens = engine.encode(body["prompt"]), body["max_tokens"]
+    temperature = body["temperature"] if config.get("do_sample") else 0.0
+    drawn = engine.generate(ids, num_tokens, temperature=temperature, seed=len(stand_in.requests))
+    written = [one.token_id for one in drawn]
+    if "forced_eos_token_id" in config and len(written) == num_tokens:
+        written[-1] = config["forced_eos_token_id"][0]
+    text = engine.decode(written)
+    choice = {"index": 0, "text": text, "finish_reason": "length" if len(written) == num_tokens else "stop"}
+    usage = {"prompt_tokens": len(ids), "completion_tokens": len(written)}
+    return 200, {"object": "text_completion", "model": body["model"], "choices": [choice], "usage": usage}
 
 
 def damage(drawn: Drawn, faults: frozenset[str], temperature: float) -> Drawn:
@@ -191,6 +217,7 @@ ROUTES: Mapping[str, Mapping[tuple[str, str], Handler]] = {
     "fireworks": {("POST", "/inference/v1/completions"): completions(content, k_of=switch)},
     "together": {("POST", "/v1/completions"): completions(dictionary, k_of=number, takes_ids=False)},
     "deepseek-completions": {("POST", "/beta/completions"): completions(dictionary, k_of=number, takes_ids=False)},
+    "transformers": {("POST", "/v1/completions"): transformers_completions},
     "completions": {("POST", "/v1/completions"): completions(dictionary, k_of=number)},
 }
 """Provider -> its routes."""

@@ -15,6 +15,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from mope_bb.providers.completions import build_draw_request
+from mope_bb.providers.dialects import COMPLETIONS
+from mope_bb.providers.drawing import DrawAsk
 from mope_bb.zoo.build import Zoo, build_zoo
 from tests.engines.adapters import build_adapter
 from tests.engines.servers import API_KEY, exchange, serve_transformers, serve_vllm
@@ -243,6 +246,18 @@ def record_transformers(zoo: Zoo) -> None:
         prefilled = {"messages": ANSWERED, "add_generation_prompt": False, "continue_final_message": True}
         asked.record("error_prefill", "/v1/chat/completions", {**chat, **prefilled})
         asked.record("error_bias", "/v1/chat/completions", {**chat, "logit_bias": {"0": FORCE}})
+        _record_draws(asked, str(base), end=AutoTokenizer.from_pretrained(base).eos_token_id)
+
+
+def _record_draws(asked: Recorder, model: str, *, end: int) -> None:
+    """A token, and the end, as they are drawn without logprobs; and the end where it is the last token."""
+    greedy, dialect = DrawAsk(temperature=0.0), COMPLETIONS["transformers"]
+    body = build_draw_request("Where?", greedy, dialect=dialect, model=model, end_ids=[end])
+    asked.record("draw", "/v1/completions", body)
+    config = json.loads(body["generation_config"]) | {"sequence_bias": [[[end], float(FORCE)]]}
+    ended = body | {"generation_config": json.dumps(config)}
+    asked.record("draw_end", "/v1/completions", ended)
+    asked.record("draw_hidden_end", "/v1/completions", ended | {"max_tokens": 1})
 
 
 def _described(sent: dict[str, Any]) -> dict[str, Any]:

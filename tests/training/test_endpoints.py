@@ -59,8 +59,8 @@ class Runs:
     proxy: Proxy
     path: Path
 
-    def config(self, *, expert: dict[str, Any] | None = None, **train: Any) -> Config:
-        """The experts at the proxy's address; `expert` are settings of each."""
+    def config(self, *, expert: dict[str, Any] | None = None, mode: str = "lockstep", **train: Any) -> Config:
+        """The experts at the proxy's address; `expert` are settings of each. In lockstep questions can be counted."""
         data = self.server.config_data()
         data["experts"] = [
             {**one, "base_url": self.proxy.url(one["name"]), **(expert or {})}
@@ -68,7 +68,7 @@ class Runs:
             if one["name"] in NAMES
         ]
         data["dimensions"] = {name: data["dimensions"][name] for name in NAMES[1:]}
-        return parse_config({**data, "presets": {}, "train": {**TRAIN, **train}})
+        return parse_config({**data, "presets": {}, "decoding": {"mode": mode}, "train": {**TRAIN, **train}})
 
     def train(self, config: Config, *, reward: Any = score, resume: bool = False) -> list[StepMetrics]:
         """Run it to its end."""
@@ -128,6 +128,15 @@ def test_it_trains_over_http(runs: Runs) -> None:
     # Answers to the prompts' references are at most max_tokens long; nothing else comes on top.
     assert asked <= runs.needed(config) <= asked + len(PROMPTS) * config.train.max_tokens
     assert load_pcm(str(runs.path / "run" / "checkpoints" / "last")).policy_version == 3
+
+
+def test_it_trains_on_answers_written_ahead(runs: Runs) -> None:
+    """Drafts and scores instead of a question for each token: fewer requests, and the same bounds."""
+    config = runs.config(mode="draft", expert={"max_prompts": 1})
+    found = runs.train(config)
+    assert [metrics.step for metrics in found] == [1, 2, 3]
+    assert all(metrics.num_dropped == 0 and metrics.staleness_max <= 2 for metrics in found)
+    assert 0 < runs.proxy.num_requests < runs.needed(config)
 
 
 def test_questions_travel_together(runs: Runs) -> None:
@@ -278,5 +287,6 @@ def write_toml(file: Path, config: Config) -> None:
     names = ("max_steps", "batch_size", "max_tokens", "max_in_flight", "save_steps")
     lines += [f"{name} = {getattr(config.train, name)}" for name in names]
     # What is counted at the proxy must not be answered by an earlier run's cache.
-    lines.append("[train.preferences]\nsentences = 0\n[cache]\nenabled = false\n")
+    lines.append(f'[train.preferences]\nsentences = 0\n[decoding]\nmode = "{config.decoding.mode}"')
+    lines.append("[cache]\nenabled = false\n")
     file.write_text("\n".join(lines))

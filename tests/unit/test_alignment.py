@@ -76,11 +76,11 @@ def test_align_refuses_no_lists() -> None:
 def test_path_has_padding_behind_its_shorter_positions() -> None:
     """Each position has its own candidates; the tensors are as wide as the widest of them."""
     path = [[listing((A, 0.5)), listing((A, 0.5))], [listing((A, 0.5), (B, 0.25)), listing((C, 0.5))]]
-    candidates, lists = align_path(path)
-    assert candidates == tuple(align(lists_there) for lists_there in path)
+    lists = align_path(path)
+    assert lists.candidates == tuple(align(lists_there) for lists_there in path)
     assert lists.logprobs.shape == (2, 2, 3)
     assert lists.logprobs[0, :, 1:].tolist() == [[-math.inf] * 2] * 2
-    for position, one in enumerate(candidates):
+    for position, one in enumerate(lists.candidates):
         assert lists.logprobs[position, :, : len(one.pieces)].tolist() == one.logprobs.tolist()
         assert tuple(lists.floors[position].tolist()) == one.floors
         assert tuple(lists.tails[position].tolist()) == one.tails
@@ -89,13 +89,13 @@ def test_path_has_padding_behind_its_shorter_positions() -> None:
 def test_path_may_give_ids_at_one_position_and_bytes_at_another() -> None:
     """Only pieces of one position are joined with each other."""
     path = [[listing((B, 0.5), (A, 0.25))], [listing((Piece(b"y"), 0.5), (Piece(b"x"), 0.25))]]
-    assert [one.pieces for one in align_path(path)[0]] == [(B, A), (Piece(b"x"), Piece(b"y"))]
+    assert [one.pieces for one in align_path(path).candidates] == [(B, A), (Piece(b"x"), Piece(b"y"))]
 
 
 def test_one_id_may_stand_for_other_bytes_at_another_position() -> None:
     """Some tokenizers drop a leading space at the beginning of a text: no sign of two tokenizers."""
     path = [[listing((A, 0.5))], [listing((Piece(b" a", 5), 0.5))]]
-    assert [one.pieces for one in align_path(path)[0]] == [(A,), (Piece(b" a", 5),)]
+    assert [one.pieces for one in align_path(path).candidates] == [(A,), (Piece(b" a", 5),)]
 
 
 def test_path_is_refused_where_one_position_is() -> None:

@@ -281,6 +281,16 @@ def test_a_draft_ends_before_half_a_character() -> None:
     assert found.unlisted.token_id == tokens[2]
 
 
+def test_bytes_of_half_a_character_are_no_part_of_the_next_token() -> None:
+    """The wire hands them in with the fourth token: no reader may remember that token so."""
+    document = load("draft_half")
+    fourth = document["reply"]["completion_probabilities"][2]
+    assert len(bytes(fourth["bytes"])) > len(bytes(fourth["bytes"]).decode(errors="ignore").encode())
+    reader = PieceReader(None, end_ids={document["facts"]["end_id"]})
+    parse_draft(document["reply"], reader, num_ids=document["facts"]["num_ids"], expert="short")
+    assert fourth["id"] not in reader.known
+
+
 @pytest.mark.parametrize(
     ("mutate", "expected"),
     [

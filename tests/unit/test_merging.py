@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from mope_bb.pcm.alignment import align_path
 from mope_bb.pcm.gates import LinearGate, Router
 from mope_bb.pcm.merging import Merged, Plan, merge_lists, merge_path, merge_step
 from mope_bb.pcm.mixture import IMPOSSIBLE, Lists, MergeRule
@@ -191,6 +192,21 @@ def test_path_equals_its_steps(rule: MergeRule, case: Case) -> None:
         torch.testing.assert_close(found.weights, alone.weights, rtol=1e-12, atol=1e-300)
         assert found.floor_mass == pytest.approx(alone.floor_mass, rel=1e-11, abs=1e-14)
         assert_bound(found.missed_mass, alone.missed_mass)
+
+
+@every_rule
+@given(case=cases())
+def test_sampling_in_numpy_is_learning_in_torch(rule: MergeRule, case: Case) -> None:
+    """What is merged while an answer is written is what the learner recomputes from the same lists."""
+    plan, gate, path = case.plan(rule), case.gate(), case.asked(rule)
+    aligned = align_path(path)
+    lists = Lists(*map(torch.from_numpy, (aligned.logprobs, aligned.floors, aligned.tails)))
+    learned = merge_lists(rule, lists, plan.log_lambda, case.head, gate)
+    for m, sampled in enumerate(merge_path(plan, path, case.head, gate)):
+        num_pieces = len(sampled.candidates.pieces)
+        torch.testing.assert_close(sampled.log_pi, learned.log_pi[m, :num_pieces], rtol=1e-11, atol=1e-11)
+        assert bool(torch.isneginf(learned.log_pi[m, num_pieces:]).all())
+        torch.testing.assert_close(sampled.weights, learned.weights[m], rtol=1e-12, atol=1e-300)
 
 
 @every_rule

@@ -88,7 +88,7 @@ def test_nothing_measured() -> None:
 # Agreement
 
 
-agreement_rows = st.lists(st.lists(st.floats(0.0, 1.0), min_size=3, max_size=3), min_size=1, max_size=40)
+agreement_rows = st.lists(st.lists(st.floats(0.0, 1.0), min_size=4, max_size=4), min_size=1, max_size=40)
 
 
 @given(agreement_rows)
@@ -97,7 +97,7 @@ def test_survival_is_a_probability(rows: list[list[float]]) -> None:
     agreement = Agreement(2)
     agreement.add(map(np.array, rows))
     survival = agreement.survival(16)
-    assert survival.shape == (17, 3)
+    assert survival.shape == (17, 4)
     assert (survival[0] == 1.0).all()
     assert (np.diff(survival, axis=0) <= 1e-9).all()
 
@@ -117,7 +117,7 @@ def test_survival_is_the_mean_of_the_ways(rows: list[list[float]]) -> None:
 def test_survival_of_even_agreement(chance: float, num_rows: int) -> None:
     """With one chance at every position it is that chance to the power of the length, also beyond the window."""
     agreement = Agreement(1)
-    agreement.add([np.full(2, chance)] * num_rows)
+    agreement.add([np.full(3, chance)] * num_rows)
     np.testing.assert_allclose(agreement.survival(64)[:, 0], chance ** np.arange(65), rtol=1e-6)
 
 
@@ -125,9 +125,9 @@ def test_window() -> None:
     """Unknown at first; then the last positions count; a copy goes its own way."""
     agreement = Agreement(1)
     np.testing.assert_allclose(agreement.survival(3)[:, 0], UNKNOWN_AGREEMENT ** np.arange(4))
-    agreement.add([np.zeros(2)] * 50)
+    agreement.add([np.zeros(3)] * 50)
     own = agreement.copy()
-    agreement.add([np.ones(2)] * WINDOW)
+    agreement.add([np.ones(3)] * WINDOW)
     assert agreement.survival(3).min() == 1.0
     assert own.survival(3)[1:].max() < 1e-5
 
@@ -158,7 +158,7 @@ class Case:
         for length in (1, *(1, 4, 16) * 4):
             for name, request in self.seconds:
                 pace.observe(name, request, length, self.took(name, request, length))
-        pace.agreement(("key",), len(self.seats)).add([np.array(self.chances)] * WINDOW)
+        pace.agreement(("key",), len(self.seats)).add([np.array([*self.chances, 1.0])] * WINDOW)
         return pace, AnswerPace(pace, self.seats, ("key",), is_repeatable=is_repeatable)
 
     def kept(self, move: Move) -> float:
@@ -296,7 +296,7 @@ def test_generated_stays_in_the_budget(case: Case, seed: int) -> None:
             if move.drafter in (None, seat.name):
                 answer.num_generated[seat.name] += move.num_ahead * (2 if move.begins_next else 1)
         num_new = rng.choice((1, rng.randint(1, move.num_ahead)))
-        answer.learn([np.array(case.chances)] * num_new)
+        answer.learn([np.array([*case.chances, 1.0])] * num_new)
         num_kept += num_new
         limit = case.settings.max_generated * num_kept + 3 * case.settings.max_ahead
         assert max(answer.num_generated.values()) <= limit
@@ -324,7 +324,7 @@ def test_own_answer_counts() -> None:
     """In an answer on which the experts turn out to differ they are not asked far ahead, whatever was before."""
     _, answer = make_case(0.95).open()
     assert answer.choose(num_left=500, num_context=100).num_ahead >= 8
-    answer.learn([np.full(4, 0.05)] * WINDOW)
+    answer.learn([np.array([0.05, 0.05, 0.05, 0.05, 1.0])] * WINDOW)
     assert answer.choose(num_left=500, num_context=100).num_ahead <= 2
 
 

@@ -143,13 +143,14 @@ def test_agreement(values: list[float], said: list[list[float]], temperature: fl
     lists[lists < np.sort(lists, axis=1)[:, 2:3]] = 0.0
     with np.errstate(divide="ignore"):
         found = agreement_row(np.log(pi), np.log(lists), temperature)
-    for row, chance in zip(lists, found[:-1], strict=True):
+    for row, chance in zip(lists, found[:-2], strict=True):
         assert abs(chance - np.minimum(pi, normalised(list(row ** (1 / temperature)))).sum()) < 1e-9
     favourites = {int(row.argmax()) for row in lists}
-    assert abs(found[-1] - (pi[favourites.pop()] if len(favourites) == 1 else 0.0)) < 1e-12
+    assert found[-1] == 1.0
+    assert abs(found[-2] - (pi[favourites.pop()] if len(favourites) == 1 else 0.0)) < 1e-12
 
 
 def test_agreement_of_greedy_drafts() -> None:
     """At temperature 0 a draft is kept with the probability of the drafter's favourite."""
     logs = np.log(np.array([[0.6, 0.3, 0.1], [0.2, 0.5, 0.3]]))
-    np.testing.assert_allclose(agreement_row(np.array([-np.inf, 0.0, -np.inf]), logs, 0.0), [0.0, 1.0, 0.0])
+    np.testing.assert_allclose(agreement_row(np.array([-np.inf, 0.0, -np.inf]), logs, 0.0), [0.0, 1.0, 0.0, 1.0])
