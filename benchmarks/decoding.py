@@ -18,6 +18,7 @@ import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
 from dataclasses import asdict, dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Any, Final
 
@@ -28,8 +29,8 @@ from benchmarks.claims import Claim, at_least, at_most, median_interval, ratio_i
 from mope_bb.config import parse_config
 from mope_bb.session import Session, open_session
 from mope_bb.types import Effort
-from mope_bb.zoo import example_questions
 from mope_bb.zoo.demo import build_with_bar
+from mope_bb.zoo.judging import zoo_prompts
 from mope_bb.zoo.serving import ZooServer, serve_zoo
 from tests.evidence import machine_facts, tell
 from tests.proxy import paced_as_gpu
@@ -41,6 +42,8 @@ PREFERENCES: Final = ("concise,technical,grumpy", "simple,friendly")
 NUM_ROUNDS: Final = 5
 MAX_TOKENS: Final = 96
 AT_ONCE: Final = 16
+NUM_ALONE: Final = 4
+"""Answers of a turn, one after the other."""
 NUM_TOGETHER: Final = 24
 """Answers of a turn of `AT_ONCE`: more than may be under way, so that the last alone do not say how long it took."""
 NUM_WARM_UP: Final = 4
@@ -116,13 +119,15 @@ async def measure_rule(
     results = {}
     for place, urls in found.items():
         async with open_sessions(server, pcm, urls) as sessions:
-            for mode in MODES:
-                await answer(sessions[mode], tasks(NUM_WARM_UP // len(PREFERENCES)))
-            plain = PlainStream(urls) if place == "gpu" else None
+            questions = unseen_questions()
+            warm_up = take(questions, NUM_WARM_UP)
+            for session in sessions.values():
+                await answer(session, warm_up)
             tell(f"{Path(pcm)}, {place}")
-            results[f"{place}, one at a time"] = await measure(sessions, plain=plain)
+            plain = PlainStream(urls) if place == "gpu" else None
+            results[f"{place}, one at a time"] = await measure(sessions, questions, plain=plain)
             if place != "gpu":
-                results[f"{place}, {AT_ONCE} at once"] = await measure(sessions, at_once=AT_ONCE)
+                results[f"{place}, {AT_ONCE} at once"] = await measure(sessions, questions, at_once=AT_ONCE)
     return results
 
 
@@ -140,25 +145,22 @@ async def open_sessions(server: ZooServer, pcm: str, urls: Mapping[str, str]) ->
 
 
 async def measure(
-    sessions: Mapping[str, Session], *, at_once: int = 1, plain: PlainStream | None = None
+    sessions: Mapping[str, Session], questions: Iterator[str], *, at_once: int = 1, plain: PlainStream | None = None
 ) -> dict[str, Any]:
     """One regime: rounds of turns."""
     order, rng = [*MODES, *(("plain",) if plain else ())], random.Random(0)
     turns: dict[str, list[Turn]] = {name: [] for name in order}
-    together = tasks(NUM_TOGETHER // len(PREFERENCES))
+    size = NUM_ALONE if at_once == 1 else NUM_TOGETHER
     if at_once > 1:
+        warm_up = take(questions, size)
         for session in sessions.values():
-            await answer(session, together, at_once)
-    for number in range(NUM_ROUNDS):
+            await answer(session, warm_up, at_once)
+    for _ in range(NUM_ROUNDS):
+        chosen = take(questions, size)
         rng.shuffle(order)
         for name in order:
-            if name == "plain":
-                assert plain is not None
-                turns[name].append(await plain.turn(number))
-            elif at_once == 1:
-                turns[name].append(await answer(sessions[name], tasks(2, first=2 * number)))
-            else:
-                turns[name].append(await answer(sessions[name], together, at_once))
+            turn = plain.turn(chosen) if plain and name == "plain" else answer(sessions[name], chosen, at_once)
+            turns[name].append(await turn)
     found = {name: describe(turns[name], turns["lockstep"]) for name in turns}
     if plain is not None:
         for name in MODES:
@@ -196,10 +198,15 @@ def ratios(some: Sequence[Turn], others: Sequence[Turn]) -> dict[str, float]:
     )
 
 
-def tasks(num_questions: int, first: int = 0) -> list[Task]:
-    """Questions from number `first` on, each for every preference."""
-    questions = example_questions()
-    chosen = [questions[(first + number) % len(questions)] for number in range(num_questions)]
+def unseen_questions() -> Iterator[str]:
+    """Questions that no expert was trained on. No session is asked one twice in the same way, as users do not: that a
+    prompt has to be rendered is part of the time."""
+    return (messages[-1].content for messages in zoo_prompts(held_out=True))
+
+
+def take(questions: Iterator[str], num_answers: int) -> list[Task]:
+    """The next questions, each for every preference."""
+    chosen = [next(questions) for _ in range(num_answers // len(PREFERENCES))]
     return [(question, preference) for question in chosen for preference in PREFERENCES]
 
 
@@ -224,31 +231,33 @@ async def answer(session: Session, chosen: Sequence[Task], at_once: int = 1) -> 
 
 
 class PlainStream:
-    """One expert alone, streaming as any client of llama.cpp has it: what a merged token's time is measured against."""
+    """One expert alone as any client of llama.cpp has it, template and stream: what merged tokens are measured against."""
 
     def __init__(self, urls: Mapping[str, str]) -> None:
-        self._urls = [urls[name] for name in PREFERENCES[0].split(",")]
+        self._urls = cycle(urls[name] for name in PREFERENCES[0].split(","))
 
-    async def turn(self, number: int) -> Turn:
-        """The round's questions to the experts of the first preference, one after another in turn."""
+    async def turn(self, chosen: Sequence[Task]) -> Turn:
+        """The same questions to the experts of the first preference, one after the other."""
         seconds, num_tokens = 0.0, 0
         async with aiohttp.ClientSession() as client:
-            for place, (question, _) in enumerate(tasks(2, first=2 * number)):
-                url = self._urls[(number + place) % len(self._urls)]
+            for question, _ in chosen:
+                url = next(self._urls)
+                began = time.perf_counter()
                 asked = {"messages": [{"role": "user", "content": question}]}
                 async with client.post(f"{url}/apply-template", json=asked) as reply:
                     prompt = (await reply.json())["prompt"]
-                one = await self._stream(client, url, prompt)
-                seconds, num_tokens = seconds + one.seconds, num_tokens + one.num_tokens
+                num_tokens += await self._stream(client, url, prompt)
+                seconds += time.perf_counter() - began
         return Turn(seconds, num_tokens, Effort())
 
-    async def _stream(self, client: aiohttp.ClientSession, url: str, prompt: str) -> Turn:
+    async def _stream(self, client: aiohttp.ClientSession, url: str, prompt: str) -> int:
+        """The number of its tokens."""
         body = {"prompt": prompt, "n_predict": MAX_TOKENS, "temperature": 1.0, "stream": True}
-        began = time.perf_counter()
         # llama.cpp hangs up after a stream: the connection is not to be used again.
         async with client.post(f"{url}/completion", json=body, headers={"connection": "close"}) as reply:
             events = [json.loads(line[6:]) async for line in reply.content if line.startswith(b"data: ")]
-        return Turn(time.perf_counter() - began, events[-1]["tokens_predicted"], Effort())
+        found: int = events[-1]["tokens_predicted"]
+        return found
 
 
 def claims(results: Mapping[str, Any]) -> list[Claim]:

@@ -51,7 +51,7 @@ _TOP_K = re.compile(
 )
 _PREFILL = re.compile(
     r"does not support assistant message prefill|must end with a user message|cannot set both.{0,80}final_message"
-    r"|continue_final_message.{0,60}not compatible|unexpected fields.{0,60}continue_final_message"
+    r"|continue_final_message.{0,60}not compatible|unexpected fields.{0,300}continue_final_message"
     r"|(prefix|prefill|continue_final_message).{0,60}(not supported|not allowed|unsupported)",
     re.IGNORECASE,
 )

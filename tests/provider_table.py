@@ -20,6 +20,7 @@ REAL: Final = {
     "vllm": "vLLM on CPU",
     "vllm-chat": "vLLM on CPU",
     "vllm-generate": "vLLM on CPU",
+    "transformers": "`transformers serve`",
 }
 """Providers that are tested against the software itself; the others against stand-ins with a real model behind them."""
 PREFILL: Final = {
@@ -50,15 +51,15 @@ def row(name: str, route: str, dialect: Dialect) -> str:
     cells = (
         f"`{name}`",
         route,
-        "any" if facts.max_top_k is None else str(facts.max_top_k),
+        str(facts.max_top_k or "any") if facts.gives_lists else "-",
         PREFILL[facts.prefill],
         ids,
         "exact" if facts.byte_exact else "whole characters",
         "visible" if facts.eos_visible else "hidden",
-        facts.logprob_scale,
+        facts.logprob_scale if facts.gives_lists else "**none**",
         f"{dialect.temperature:g}",
         DRAFTS[facts.drafts],
-        "-" if facts.prefill == "none" else SCORING[facts.score],
+        SCORING[facts.score] if facts.gives_lists and facts.prefill != "none" else "-",
         REAL.get(name, "stand-in"),
         dialect.source,
     )

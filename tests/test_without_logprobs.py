@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,7 +21,7 @@ from mope_bb.providers.dialects import CHAT
 from mope_bb.providers.registry import DRAWING, open_expert
 from mope_bb.providers.wire import is_whole_text
 from mope_bb.session import open_session
-from mope_bb.types import END, Context, Message, Piece
+from mope_bb.types import END, Context, Message, Piece, TokenDistribution
 from mope_bb.zoo.build import Zoo
 from mope_bb.zoo.serving import ZooServer
 from tests.command_line import Run
@@ -106,15 +106,48 @@ def test_draws_are_samples_of_the_model(provider: str, stand_ins: StandIns) -> N
     ids = engine.encode(engine.render([{"role": "user", "content": "How do I fix a bike?"}]) + "Use it")
     shown = [engine.data(token) if token != engine.end_id else END.data for token in range(engine.vocab_size)]
     place = {data: number for number, data in enumerate(shown) if is_whole_text(data)} | {END.data: engine.end_id}
-    exact: dict[Answer, float] = Counter()
+    exact: dict[Answer, float] = defaultdict(float)
     for data, value in zip(shown, engine.row(ids), strict=True):
         exact[place.get(data, -1),] += math.exp(value)
 
     async def work(expert: Expert) -> list[Piece | None]:
         return [await told(expert, ANSWER) for _ in range(NUM_DRAWS)]
 
-    drawn = Counter((-1 if piece is None else place[piece.data],) for piece in use(config, work))
+    drawn: Counter[Answer] = Counter((-1 if piece is None else place[piece.data],) for piece in use(config, work))
     assert chi_square(drawn, exact).p_value > THRESHOLD
+
+
+@pytest.mark.parametrize("provider", ["llamacpp-chat", "llamacpp-completions"])
+def test_draws_of_the_real_llamacpp(provider: str, nano_experts: ZooServer) -> None:
+    """They follow the lists that the same server gives by its own route: nothing is filtered, no answer is repeated."""
+    tokenizer = load_chat_tokenizer(str(nano_experts.zoo.folder("concise")))
+    begun = QUESTION.extended(*map(tokenizer.piece, tokenizer.encode_text("Use it")))
+    place = {"base_url": nano_experts.base_urls["concise"], "model": "concise"}
+    without = {"provider": provider, "tokenizer": str(nano_experts.zoo.folder("concise")), "logprobs": False}
+    rows = [{"name": "long", "provider": "llamacpp", **place}, {"name": "short", **without, **place}]
+    config = parse_config({"experts": rows, "cache": {"enabled": False}})
+    unreadable = len(tokenizer.pieces)
+
+    def number(piece: Piece | None) -> int:
+        if piece is None or piece.token_id is None:
+            return unreadable
+        return piece.token_id if piece == END or is_whole_text(piece.data) else unreadable
+
+    async def main() -> tuple[TokenDistribution, list[Piece | None]]:
+        experts = [open_expert(one, None) for one in config.experts]
+        try:
+            listed = await experts[0].next_tokens(begun, top_k=len(tokenizer.pieces))
+            return listed, await asyncio.gather(*(told(experts[1], begun) for _ in range(NUM_DRAWS)))
+        finally:
+            for expert in experts:
+                await expert.aclose()
+
+    listed, drawn = asyncio.run(main())
+    exact: dict[Answer, float] = defaultdict(float)
+    for piece, logprob in zip(listed.pieces, listed.logprobs, strict=True):
+        exact[number(piece),] += math.exp(logprob)
+    counts: Counter[Answer] = Counter((number(piece),) for piece in drawn)
+    assert chi_square(counts, exact).p_value > THRESHOLD
 
 
 def test_a_begun_answer_needs_an_endpoint_that_goes_on(stand_ins: StandIns) -> None:

@@ -44,10 +44,10 @@ UNKNOWN_AGREEMENT: Final = 0.85
 FEW_OPEN: Final = 3
 OUTLIER: Final = 3.0
 """A request that takes so many times as long as expected counts as this: the machine was busy with something else."""
-AS_GOOD: Final[Mapping[str, float]] = {"auto": 0.95, "lookahead": 0.8, "draft": 0.8}
+AS_GOOD: Final[Mapping[str, float]] = {"auto": 0.9, "lookahead": 0.8, "draft": 0.8, "lockstep": 1.0}
 """Mode -> of moves that are so nearly as fast as the fastest, the one with the fewest requests for a token is taken."""
-WASTE: Final = 1 / 3
-"""Kept tokens that are worth as much as one that is generated: longer drafts save requests, and are thrown away."""
+WASTE: Final[Mapping[str, float]] = {"auto": 1 / 3, "lookahead": 0.0, "draft": 1 / 3, "lockstep": 0.0}
+"""Mode -> kept tokens that are worth as much as one that is generated: long drafts save requests, and go to waste."""
 _log = logging.getLogger(__name__)
 
 
@@ -69,6 +69,10 @@ class Line:
 
     _sums: Floats = field(default_factory=lambda: np.zeros(5))
     _is_warm: bool = False
+    _weight: float = 0.0
+    _base: float = 0.0
+    _slope: float = 0.0
+    _least: float = 0.0
 
     def add(self, num_positions: int, seconds: float) -> None:
         """One more measurement. The very first is left out: it opened the connection and learned what is served."""
@@ -79,21 +83,22 @@ class Line:
             seconds = min(seconds, OUTLIER * expected)
         n = float(num_positions)
         self._sums = FORGET * self._sums + np.array((1.0, n, n * n, seconds, n * seconds))
+        self._weight, sum_n, squares, sum_s, products = (float(value) for value in self._sums)
+        mean_n, mean_s = sum_n / self._weight, sum_s / self._weight
+        spread = squares / self._weight - mean_n**2
+        self._slope = max(0.0, (products / self._weight - mean_n * mean_s) / spread) if spread > 0.1 else 0.0
+        self._base, self._least = mean_s - self._slope * mean_n, 0.1 * mean_s
 
     def seconds(self, num_positions: int) -> float | None:
         """What a request for so many positions takes; None where nothing was measured."""
-        weight, n, squares, seconds, products = (float(value) for value in self._sums)
-        if weight == 0.0:
+        if self._weight == 0.0:
             return None
-        mean_n, mean_s = n / weight, seconds / weight
-        spread = squares / weight - mean_n**2
-        slope = max(0.0, (products / weight - mean_n * mean_s) / spread) if spread > 0.1 else 0.0
-        return max(mean_s + slope * (num_positions - mean_n), 0.1 * mean_s)
+        return max(self._base + self._slope * num_positions, self._least)
 
     def shrunk(self, num_positions: int, expected: float) -> float:
         """`seconds`, with what is `expected` of it counted as some measurements more."""
-        weight, own = float(self._sums[0]), self.seconds(num_positions)
-        return expected if own is None else (weight * own + PRIOR * expected) / (weight + PRIOR)
+        own = self.seconds(num_positions)
+        return expected if own is None else (self._weight * own + PRIOR * expected) / (self._weight + PRIOR)
 
 
 class Agreement:
@@ -234,9 +239,10 @@ class AnswerPace:
         allowed = [one for one in moves if self._is_allowed(one, lockstep)]
         if not allowed:
             return lockstep.move
-        enough = AS_GOOD.get(settings.mode, 1.0) * max(one.tokens_per_second for one in allowed)
+        enough = AS_GOOD[settings.mode] * max(one.tokens_per_second for one in allowed)
         good = [one for one in allowed if one.tokens_per_second >= enough]
-        return max(good, key=lambda one: one.kept * (1 - WASTE * one.generated_per_token)).move
+        waste = WASTE[settings.mode]
+        return max(good, key=lambda one: one.kept * (1 - waste * one.generated_per_token)).move
 
     def _may_go_ahead(self) -> bool:
         """Whether what was generated so far leaves room for another guess."""

@@ -165,7 +165,8 @@ COMPLETIONS: Final[Mapping[str, CompletionsDialect]] = {
         Capabilities(
             prefill="text", ids_in=False, ids_out=False, byte_exact=False, eos_visible=False, gives_lists=False
         ),
-        source="R `transformers serve` 5.19: without logprobs, for chat under the linear rule",
+        source="R `transformers serve` 5.19: needs `logprobs = false`",
+        temperature=1.0,
         takes_generation_config=True,
     ),
     "completions": CompletionsDialect(

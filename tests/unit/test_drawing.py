@@ -105,8 +105,8 @@ def test_transformers_serve(tokenizer: ChatTokenizer) -> None:
 
 def test_transformers_serve_is_made_to_sample() -> None:
     """Its own way is greedy, with the filters of the model's generation_config."""
-    ask = {"dialect": COMPLETIONS["transformers"], "model": "m", "end_ids": {7, 3}}
-    body = completions.build_draw_request("Hi", ONE_DRAW, **ask)
+    dialect = COMPLETIONS["transformers"]
+    body = completions.build_draw_request("Hi", ONE_DRAW, dialect=dialect, model="m", end_ids={7, 3})
     config = json.loads(body.pop("generation_config"))
     assert body == {"model": "m", "prompt": "Hi", "max_tokens": 2, "temperature": 1.0, "top_p": 1.0}
     assert (config["do_sample"], config["top_k"], config["repetition_penalty"]) == (True, 0, 1.0)
@@ -155,29 +155,31 @@ def completion(content: str | None, finish: str = "length", **message: Any) -> d
     return {"choices": [{"index": 0, "message": said, "finish_reason": finish}], "usage": {"completion_tokens": 1}}
 
 
+def chat_draw(data: Any, provider: str, answer: str = "") -> Reply:
+    """What a chat completion says was drawn."""
+    return chat.parse_draw(data, dialect=CHAT[provider], num_tokens=1, expert="e", answer=answer)
+
+
 @pytest.mark.parametrize("provider", ["mistral", "chat"])
 def test_a_repeated_answer_is_taken_off(provider: str) -> None:
     """What comes after it was drawn; nothing but the answer and a stop is the end."""
-    ask = {"dialect": CHAT[provider], "num_tokens": 1, "expert": "e", "answer": "Use it"}
-    assert chat.parse_draw(completion("Use it now"), **ask).text == " now"
-    ended = chat.parse_draw(completion("Use it", "stop"), **ask)
+    assert chat_draw(completion("Use it now"), provider, answer="Use it").text == " now"
+    ended = chat_draw(completion("Use it", "stop"), provider, answer="Use it")
     assert piece_of_draw(ended, None, expert="e") == END
 
 
 def test_a_token_that_begins_like_the_answer_stays_whole() -> None:
     """Where it is known that the answer is not repeated."""
-    reply = chat.parse_draw(completion("Haha"), dialect=CHAT["vllm-chat"], num_tokens=1, expert="e", answer="Ha")
-    assert reply.text == "Haha"
+    assert chat_draw(completion("Haha"), "vllm-chat", answer="Ha").text == "Haha"
 
 
 def test_thoughts_and_long_replies_are_no_draws() -> None:
     """A thought is not the answer's next token, and of several tokens the first is not known."""
-    ask = {"dialect": CHAT["chat"], "num_tokens": 1, "expert": "e"}
     with pytest.raises(AlignmentError, match="'e' thinks") as caught:
-        chat.parse_draw(completion("", reasoning_content="Hm"), **ask)
+        chat_draw(completion("", reasoning_content="Hm"), "chat")
     assert "enable_thinking" in str(caught.value.hint)
     with pytest.raises(AlignmentError, match="wrote 16 tokens where 1 was"):
-        chat.parse_draw(completion("Use it") | {"usage": {"completion_tokens": 16}}, **ask)
+        chat_draw(completion("Use it") | {"usage": {"completion_tokens": 16}}, "chat")
     with pytest.raises(AlignmentError, match="wrote 2 tokens"):
         completions.parse_draw(recorded("transformers_serve_draw"), num_tokens=1, expert="e")
 
