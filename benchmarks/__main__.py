@@ -15,7 +15,7 @@ from typing import Final
 from benchmarks.claims import Claim, table
 from tests.evidence import tell
 
-NAMES: Final = ("decoding", "rollouts", "merge", "local", "client", "async_training")
+NAMES: Final = ("decoding", "rollouts", "merge", "overlap", "context", "local", "client", "async_training")
 """Modules of this package, each with `claims(results)`; its results are the JSON file of the same name."""
 
 

@@ -231,7 +231,7 @@ async def answer(session: Session, chosen: Sequence[Task], at_once: int = 1) -> 
 
 
 class PlainStream:
-    """One expert alone as any client of llama.cpp has it, template and stream: what merged tokens are measured against."""
+    """One expert alone as any client of llama.cpp has it, template and stream: the measure of merged tokens."""
 
     def __init__(self, urls: Mapping[str, str]) -> None:
         self._urls = cycle(urls[name] for name in PREFERENCES[0].split(","))

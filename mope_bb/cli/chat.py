@@ -231,7 +231,7 @@ def summary(answer: Answer, *, is_stopped: bool = False) -> str:
     elif answer.steps:
         floor = sum(step.floor_mass for step in answer.steps) / len(answer.steps)
         parts.append(f"mass on unlisted values {floor:.3f}")
-    if answer.effort.num_round_trips:
+    if answer.steps and answer.effort.num_round_trips:
         waits, drawn = (
             count / len(answer.steps) for count in (answer.effort.num_round_trips, answer.effort.num_generated)
         )

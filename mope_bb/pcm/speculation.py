@@ -43,8 +43,10 @@ def verify(log_pi: Tensor, candidates: Candidates, step: DraftStep, uniforms: tu
     q[columns] = np.exp(np.array(step.log_q))
     if uniforms[0] * q[drafted] < pi[drafted]:
         return Verdict(drafted, is_kept=True)
-    positive = torch.from_numpy(np.maximum(pi - q, 0.0)).log()
-    return Verdict(draw(positive, uniforms[1]), is_kept=False)
+    positive = np.maximum(pi - q, 0.0)
+    if not positive.any():  # pi is q, up to rounding
+        return Verdict(drafted, is_kept=True)
+    return Verdict(draw(torch.from_numpy(positive).log(), uniforms[1]), is_kept=False)
 
 
 def columns_of(candidates: Candidates, distribution: TokenDistribution) -> npt.NDArray[np.intp]:

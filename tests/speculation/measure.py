@@ -6,8 +6,9 @@ import asyncio
 import math
 import random
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from typing import Final, Literal
 from unittest.mock import patch
 
@@ -20,7 +21,7 @@ from mope_bb.pcm import pacing
 from mope_bb.pcm.gates import Gate
 from mope_bb.pcm.merging import Merged, Plan, merge_path
 from mope_bb.pcm.mixture import MergeRule
-from mope_bb.pcm.pacing import Pace, Request
+from mope_bb.pcm.pacing import AnswerPace, Move, Pace, Request
 from mope_bb.pcm.runner import UserWeights
 from mope_bb.providers.pool import ExpertPool
 from mope_bb.types import Context, Message, SamplingOptions, TokenDistribution
@@ -71,23 +72,18 @@ class Mode:
     """How the experts are asked."""
 
     settings: DecodingConfig
+    begins_next: bool | None = None
+    """Whether each draft is begun before the one before it is tested; None: where it seems to be worth it."""
     drafting_s: float = 1.0
-    """What a draft seems to take, beside 1 s for a question: where it takes nothing none is begun early."""
+    """What a draft seems to take, beside 1 s for a question."""
     scoring_s: float = 1.0
-    spread: float = 0.0
+    spread: float = 0.3
     """Powers of ten over which these seconds seem to vary."""
 
 
-def _mode(
-    mode: Literal["auto", "lockstep", "lookahead", "draft"],
-    max_ahead: int = 3,
-    *,
-    drafting_s: float = 1.0,
-    scoring_s: float = 1.0,
-    spread: float = 0.3,
-) -> Mode:
-    settings = DecodingConfig(mode=mode, max_ahead=max_ahead, max_generated=100.0)
-    return Mode(settings, drafting_s, scoring_s, spread)
+def settings(mode: Literal["auto", "lockstep", "lookahead", "draft"], max_ahead: int) -> DecodingConfig:
+    """Without a limit on what is generated."""
+    return DecodingConfig(mode=mode, max_ahead=max_ahead, max_generated=100.0)
 
 
 SETUPS: Final = {
@@ -98,11 +94,11 @@ SETUPS: Final = {
 }
 WITHOUT_LISTS: Final = Setup("linear", without_lists="green", is_scored=True)
 MODES: Final = {
-    "lockstep": _mode("lockstep"),
-    "lookahead": _mode("lookahead"),
-    "draft": _mode("draft", 2, drafting_s=0.0),
-    "draft, next begun": _mode("draft", 2),
-    "auto": _mode("auto", drafting_s=2.0, scoring_s=3.0, spread=1.0),
+    "lockstep": Mode(settings("lockstep", 3)),
+    "lookahead": Mode(settings("lookahead", 3)),
+    "draft": Mode(settings("draft", 2), begins_next=False),
+    "draft, next begun": Mode(settings("draft", 2), begins_next=True),
+    "auto": Mode(settings("auto", 3), drafting_s=2.0, scoring_s=3.0, spread=1.0),
 }
 
 
@@ -111,15 +107,37 @@ class RandomPace(Pace):
 
     def __init__(self, mode: Mode) -> None:
         super().__init__(mode.settings)
-        self._mode = mode
+        self.mode = mode
         self._random = random.Random(0)
+
+    @property
+    def begins_early(self) -> bool:
+        """In every mode, and with many answers open as well."""
+        return True
 
     def observe(self, name: str, request: Request, num_positions: int, seconds: float) -> None:
         """Measured times would make the moves differ from run to run."""
 
     def seconds(self, name: str, request: Request, num_positions: int) -> float:
-        seconds = {"draft": self._mode.drafting_s, "score": self._mode.scoring_s}.get(request, 1.0)
-        return seconds * math.pow(10.0, self._mode.spread * self._random.random())
+        seconds = {"draft": self.mode.drafting_s, "score": self.mode.scoring_s}.get(request, 1.0)
+        return seconds * math.pow(10.0, self.mode.spread * self._random.random())
+
+
+class SteeredPace(AnswerPace):
+    """Begins drafts early, or does not, as the mode says."""
+
+    def choose(self, *, num_left: int, num_context: int) -> Move:
+        move = super().choose(num_left=num_left, num_context=num_context)
+        if move.drafter is None or not isinstance(self._pace, RandomPace) or self._pace.mode.begins_next is None:
+            return move
+        return replace(move, begins_next=self._pace.mode.begins_next)
+
+
+@contextmanager
+def steered() -> Iterator[None]:
+    """Answers are paced by a `SteeredPace`, with a new choice after every move, so that all kinds follow each other."""
+    with patch.object(decoding, "AnswerPace", SteeredPace), patch.object(pacing, "REFRESH", 1):
+        yield
 
 
 @dataclass
@@ -173,11 +191,7 @@ async def _sample(setup: Setup, mode: Mode, seeds: Sequence[int], *, is_repeatab
         KnownExpert(name, table, gives_lists=name != setup.without_lists) for name, table in make_tables().items()
     ]
     async with known_pool(experts) as pool:
-        # A new choice after every move, so that all kinds of moves follow each other in one answer.
-        with (
-            patch.object(pacing, "REFRESH", 1),
-            patch.object(decoding, "merge_path", remembering(merge_path)),
-        ):
+        with steered(), patch.object(decoding, "merge_path", remembering(merge_path)):
             await asyncio.gather(*(write(pool) for _ in range(NUM_OPEN)))
     return sampled
 

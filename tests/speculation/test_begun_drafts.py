@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from mope_bb.config import DecodingConfig
 from mope_bb.errors import ProviderError, RequestError, ServerError
 from mope_bb.pcm.decode import OpenAnswer, decode
 from mope_bb.pcm.pacing import Pace
@@ -17,9 +16,9 @@ from mope_bb.pcm.runner import UserWeights
 from mope_bb.providers.pool import ExpertPool
 from mope_bb.types import Context, DraftStep, Piece, SamplingOptions, TokenDistribution
 from tests.speculation.experts import Array, KnownExpert, known_pool, make_tables
-from tests.speculation.measure import QUESTION, Mode, RandomPace, Setup
+from tests.speculation.measure import QUESTION, Mode, RandomPace, Setup, settings, steered
 
-MODE = Mode(DecodingConfig(mode="draft", max_ahead=2, max_generated=100.0))
+MODE = Mode(settings("draft", 2), begins_next=True)
 PLAN = Setup("linear").plan
 
 
@@ -82,12 +81,13 @@ async def open_desk() -> AsyncIterator[Desk]:
     table[:, 3:] = 1e-300  # three pieces are all that is ever said: the list is whole, and END is not on it
     table /= table.sum(axis=1, keepdims=True)
     experts = [Watched(name, table) for name in PLAN.asked]
-    async with known_pool(experts) as pool:
-        desk = Desk(pool, {expert.name: expert for expert in experts})
-        yield desk
-        await asyncio.sleep(0)
-        assert asyncio.all_tasks() == {asyncio.current_task()}
-        assert desk.total(lambda expert: expert.num_open) == 0
+    with steered():
+        async with known_pool(experts) as pool:
+            desk = Desk(pool, {expert.name: expert for expert in experts})
+            yield desk
+            await asyncio.sleep(0)
+            assert asyncio.all_tasks() == {asyncio.current_task()}
+            assert desk.total(lambda expert: expert.num_open) == 0
 
 
 def on_a_desk(play: Callable[[Desk], Coroutine[None, None, None]]) -> None:
