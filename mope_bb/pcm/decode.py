@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import AsyncGenerator, Awaitable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -80,6 +80,8 @@ class OpenAnswer:
         self._unlisted = tuple(name for name in self._plan.asked if not self._pool.seat(name).gives_lists)
         if self._unlisted:
             expert_first.check_plan(self._plan, self._unlisted, self._options)
+        # Who scores a draft would else begin only then to render the conversation.
+        await together([self._pool.prepare(name, self._context) for name in self._plan.asked])
         num_left = self._options.max_tokens
         self._shared_pace.num_open += 1
         try:
@@ -164,14 +166,14 @@ class OpenAnswer:
             try:
                 # The most probable pieces: the answer goes that way more often than any other.
                 drafting = self._pool.draft(name, self._context, num_tokens=num_ahead, temperature=0.0)
-                steps = await self._timed(name, "draft", num_ahead, drafting)
+                steps = await self._timed(name, "draft", drafting, len)
             except REFUSALS as error:
                 if not isinstance(error, ContextLengthError):
                     self._shared_pace.give_up(name, "draft", error.message)
             else:
                 self._count_generated(name, len(steps))
                 return self._known.learn(name, steps)
-        distribution = await self._timed(name, "ask", 1, self._pool.ask_one(name, self._context))
+        distribution = await self._timed(name, "ask", self._pool.ask_one(name, self._context), lambda _: 1)
         self._count_generated(name, 1)
         self._known.learn_one(name, distribution)
         return None
@@ -225,12 +227,12 @@ class OpenAnswer:
             temperature=self._options.temperature,
             seed=self._generator.getrandbits(31),
         )
-        steps = await self._timed(drafter, "draft", num_tokens, drafting)
+        steps = await self._timed(drafter, "draft", drafting, len)
         self._count_generated(drafter, len(steps) - num_tokens)
         return steps
 
     async def _score(self, name: str, path: Sequence[Piece]) -> tuple[TokenDistribution, ...]:
-        return await self._timed(name, "score", len(path) + 1, self._pool.score(name, self._context, path))
+        return await self._timed(name, "score", self._pool.score(name, self._context, path), len)
 
     async def _drop_begun(self) -> None:
         begun, self._begun = self._begun, None
@@ -273,12 +275,13 @@ class OpenAnswer:
 
     async def _judge(self, path: Sequence[Piece]) -> PathJudgement:
         judging = self._scorer.judge_path(self._context, path, self._plan.preference_text, self._plan.experts)
-        return await self._timed("", "judge", len(path) + 1, judging)
+        return await self._timed("", "judge", judging, lambda found: len(found.head_scores))
 
-    async def _timed(self, name: str, request: Request, num_positions: int, work: Coroutine[Any, Any, T]) -> T:
+    async def _timed(self, name: str, request: Request, work: Coroutine[Any, Any, T], count: Callable[[T], int]) -> T:
+        """Await `work`; `count` tells for how many positions it was: a draft may end before its length is reached."""
         began = time.perf_counter()
         found = await work
-        self._shared_pace.observe(name, request, num_positions, time.perf_counter() - began)
+        self._shared_pace.observe(name, request, count(found), time.perf_counter() - began)
         return found
 
     def _shaped(self, merged: Merged) -> Tensor:

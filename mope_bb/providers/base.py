@@ -63,6 +63,9 @@ class Expert(ABC):
     async def next_tokens(self, context: Context, *, top_k: int) -> TokenDistribution:
         """The `top_k` most probable next pieces after `context`. Raises ProviderError or AlignmentError."""
 
+    async def prepare(self, context: Context) -> None:  # noqa: B027  # most experts render nothing
+        """Make ready, once for an answer, what all its questions begin with. Raises ProviderError."""
+
     async def recall(self, context: Context, *, top_k: int) -> TokenDistribution | None:
         """What `next_tokens` would answer without asking anyone; None where that is not known."""
         return None
@@ -132,6 +135,9 @@ class IdExpert(Expert):
     @abstractmethod
     async def identity(self) -> tuple[str, ...]:
         """What identifies the model in the cache."""
+
+    async def prepare(self, context: Context) -> None:
+        await self._prompt_ids(context.messages)
 
     async def recall(self, context: Context, *, top_k: int) -> TokenDistribution | None:
         if self._cache is None:

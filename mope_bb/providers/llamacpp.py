@@ -82,19 +82,19 @@ class LlamaCppExpert(IdEndpoint):
     async def encode_prompt(self, messages: Sequence[Message]) -> tuple[int, ...]:
         if self._known_tokenizer is not None:
             return self._known_tokenizer.encode_chat(messages, expert=self.name)
-        await self._refuse_control_tokens(messages)
-        rendered = await self._client.post_json(
-            "/apply-template", {"messages": [as_openai(message) for message in messages]}
+        body = {"messages": [as_openai(message) for message in messages]}
+        # Together: behind a far server every trip counts.
+        _, rendered = await asyncio.gather(
+            self._refuse_control_tokens(messages), self._client.post_json("/apply-template", body)
         )
         return await self._tokenize(_field(rendered, "prompt", str, self.name), add_special=True, parse_special=True)
 
     async def _refuse_control_tokens(self, messages: Sequence[Message]) -> None:
         """A text that holds a control token has other ids when control tokens are read as such."""
-        for message in messages:
-            as_text, as_control = await asyncio.gather(
-                self._tokenize(message.content, parse_special=False),
-                self._tokenize(message.content, parse_special=True),
-            )
+        encoded = await asyncio.gather(
+            *(self._tokenize(one.content, parse_special=special) for one in messages for special in (False, True))
+        )
+        for as_text, as_control in zip(encoded[::2], encoded[1::2], strict=True):
             if as_text != as_control:
                 refuse_control_token(await self._name_control_token(as_control, as_text), expert=self.name)
 

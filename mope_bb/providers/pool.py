@@ -87,6 +87,10 @@ class ExpertPool:
         """The next-token distribution of one expert."""
         return await self._experts[name].next_tokens(context, top_k=self._top_k[name])
 
+    async def prepare(self, name: str, context: Context) -> None:
+        """See `Expert.prepare`."""
+        await self._experts[name].prepare(context)
+
     async def recall(self, names: Sequence[str], context: Context) -> list[TokenDistribution] | None:
         """What `ask` would answer, where all of it is in the cache."""
         if self._cache is None:

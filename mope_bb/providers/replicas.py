@@ -82,6 +82,9 @@ class ReplicatedExpert(Expert):
     async def next_tokens(self, context: Context, *, top_k: int) -> TokenDistribution:
         return await self._ask(context.messages, lambda one: one.next_tokens(context, top_k=top_k))
 
+    async def prepare(self, context: Context) -> None:
+        await self._ask(context.messages, lambda expert: expert.prepare(context))
+
     async def recall(self, context: Context, *, top_k: int) -> TokenDistribution | None:
         # They share a cache, but an endpoint may be needed to find the key.
         return await self._ask(context.messages, lambda one: one.recall(context, top_k=top_k))
