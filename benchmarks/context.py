@@ -147,7 +147,7 @@ async def write(plan: Plan, pool: ExpertPool, context: Context, num_tokens: int,
 def context_of(tokenizer: ChatTokenizer, length: int, number: int) -> Context:
     """A prompt, and an answer of random pieces that makes up the rest of `length` ids."""
     generator = random.Random(f"{length} {number}")
-    ids = [generator.randrange(3, VOCAB_SIZE) for _ in range(length - NUM_PROMPT_IDS)]
+    ids = [generator.randrange(VOCAB_SIZE // 2, VOCAB_SIZE) for _ in range(length - NUM_PROMPT_IDS)]
     pieces: tuple[Piece, ...] = tuple(tokenizer.piece(token_id) for token_id in ids)
     return Context((Message("user", prompt_of(NUM_PROMPT_IDS, number)),), pieces)
 

@@ -181,12 +181,13 @@ class OpenAnswer:
     # Draft and score: one expert writes ahead, the others say what they think of it.
 
     async def _draft_and_score(self, move: Move, drafter: str, num_left: int) -> list[TokenStep]:
-        draft = _testable(await self._take_draft(drafter, move.num_ahead))
+        draft = _testable(await self._take_draft(drafter, move))
         path = [step.piece for step in draft]
         num_next = min(move.num_ahead, num_left - len(path))
         if move.begins_next and num_next > 0 and draft[-1].index is not None and path[-1] != END:
-            drafting = self._draft(drafter, self._context.extended(*path), num_next)
-            self._begun = replace(move, num_ahead=num_next), asyncio.ensure_future(drafting)
+            following = replace(move, num_ahead=num_next)
+            drafting = self._draft(drafter, self._context.extended(*path), following)
+            self._begun = following, asyncio.ensure_future(drafting)
         others = [name for name in self._plan.asked if name != drafter]
         asking = together([self._score(name, path[:-1]) for name in others])
         scores, judged = await self._with_judging(path[:-1], asking)
@@ -212,23 +213,23 @@ class OpenAnswer:
         self._go_on(steps, shapes)
         return steps
 
-    async def _take_draft(self, drafter: str, num_tokens: int) -> tuple[DraftStep, ...]:
+    async def _take_draft(self, drafter: str, move: Move) -> tuple[DraftStep, ...]:
         begun, self._begun = self._begun, None
         self._count(num_round_trips=1)
-        return await (begun[1] if begun else self._draft(drafter, self._context, num_tokens))
+        return await (begun[1] if begun else self._draft(drafter, self._context, move))
 
-    async def _draft(self, drafter: str, context: Context, num_tokens: int) -> tuple[DraftStep, ...]:
+    async def _draft(self, drafter: str, context: Context, move: Move) -> tuple[DraftStep, ...]:
         # Counted at once: what is begun early and not used was generated all the same.
-        self._count_generated(drafter, num_tokens)
+        self._count_generated(drafter, move.num_ahead)
         drafting = self._pool.draft(
             drafter,
             context,
-            num_tokens=num_tokens,
-            temperature=self._options.temperature,
+            num_tokens=move.num_ahead,
+            temperature=move.sharpness * self._options.temperature,
             seed=self._generator.getrandbits(31),
         )
         steps = await self._timed(drafter, "draft", drafting, len)
-        self._count_generated(drafter, len(steps) - num_tokens)
+        self._count_generated(drafter, len(steps) - move.num_ahead)
         return steps
 
     async def _score(self, name: str, path: Sequence[Piece]) -> tuple[TokenDistribution, ...]:

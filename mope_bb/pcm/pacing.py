@@ -32,6 +32,9 @@ FORGET: Final = 0.95
 """Weight that a measured time keeps when the next one comes."""
 PRIOR: Final = 5.0
 """Measurements that the mean of all experts counts for: a few slow requests must not make an expert look slow."""
+SHARPNESS: Final = (1.0, 0.75, 0.55)
+"""Shares of the answer's temperature at which an expert may draft. A trained product is sharper than any of its
+experts: what one of them writes at a lower temperature is then kept more often."""
 EVERYONE: Final = "*"
 NEAREST: Final[dict[Request, tuple[Request, ...]]] = {
     "ask": ("ask", "draft", "score"),
@@ -59,6 +62,8 @@ class Move:
     num_ahead: int = 1
     """Positions asked for."""
     drafter: str | None = None
+    sharpness: float = 1.0
+    """By which the answer's temperature is multiplied for the draft."""
     begins_next: bool = False
     """The next draft starts before the scores of this one are back."""
 
@@ -102,15 +107,18 @@ class Line:
 
 
 class Agreement:
-    """How well experts can guess the merged answer, position by position: the shared past and this answer's own."""
+    """How well experts can guess the merged answer, position by position: the shared past and this answer's own.
 
-    def __init__(self, num_experts: int) -> None:
+    D ways of drafting: every expert at every sharpness.
+    """
+
+    def __init__(self, num_ways: int) -> None:
         self._rows: deque[Floats] = deque(maxlen=WINDOW)
-        self._num_columns = num_experts + 2
+        self._num_columns = num_ways + 2
 
     def add(self, rows: Iterable[Floats]) -> None:
-        """Rows of (E + 2): the probability that a piece drafted by each expert would be kept; that the piece which
-        every expert holds for the most probable is drawn, 0 where they differ; and 1. Nothing but 0 where the answer
+        """Rows of (D + 2): the probability that a piece drafted in each way would be kept; that the piece which every
+        expert holds for the most probable is drawn, 0 where they differ; and 1. Nothing but 0 where the answer
         ended, since nothing comes after it."""
         self._rows.extend(rows)
 
@@ -121,7 +129,7 @@ class Agreement:
         return other
 
     def survival(self, max_ahead: int) -> Floats:
-        """(max_ahead + 1, E + 2): the probability that so many positions in a row are kept, and that there are so many.
+        """(max_ahead + 1, D + 2): the probability that so many positions in a row are kept, and that there are so many.
 
         The last column is that of the answer going on.
         """
@@ -180,9 +188,9 @@ class Pace:
         """Whether `give_up` was not called."""
         return (name, request) not in self._broken
 
-    def agreement(self, key: tuple[object, ...], num_experts: int) -> Agreement:
+    def agreement(self, key: tuple[object, ...], num_ways: int) -> Agreement:
         """The window that all answers of one kind share."""
-        return self._agreements.setdefault(key, Agreement(num_experts))
+        return self._agreements.setdefault(key, Agreement(num_ways))
 
 
 class AnswerPace:
@@ -192,17 +200,17 @@ class AnswerPace:
         """`key`: answers of one key agree alike. `is_repeatable`: nothing that endpoints draw may take part."""
         self._pace = pace
         self._seats = seats
-        self._shared = pace.agreement(key, len(seats))
+        self._shared = pace.agreement(key, len(SHARPNESS) * len(seats))
         self._own = self._shared.copy()
         self._may_draft = not is_repeatable
         self._num_new = REFRESH
-        self._survival = np.ones((1, len(seats) + 2))
+        self._survival = np.ones((1, len(SHARPNESS) * len(seats) + 2))
         self._move = Move("lockstep")
         self.num_kept = 0
         self.num_generated: dict[str, int] = dict.fromkeys((seat.name for seat in seats), 0)
 
     def learn(self, rows: Sequence[Floats]) -> None:
-        """Rows (E + 2) for `Agreement.add`, one for each token that was kept."""
+        """Rows for `Agreement.add`, sharpness by sharpness, one for each token that was kept."""
         self._shared.add(rows)
         self._own.add(rows)
         self._num_new += len(rows)
@@ -287,27 +295,33 @@ class AnswerPace:
         for column, drafter in enumerate(self._seats):
             others = [seat for seat in self._seats if seat is not drafter]
             if drafter.can_draft and self._can_draft(drafter.name):
+                way = self._best_way(column, drafter)
                 for ahead in lengths:
-                    found += self._draft(column, drafter, others, ahead, num_context)
+                    found += self._draft(way, drafter, others, ahead, num_context)
         return found
 
-    def _draft(
-        self, column: int, drafter: Seat, others: Sequence[Seat], ahead: int, num_context: int
-    ) -> list[_Forecast]:
-        kept, generated = self._kept(column, ahead), self._generated(ahead)
-        all_kept = float(self._survival[ahead, column])
+    def _best_way(self, column: int, drafter: Seat) -> int:
+        """The way of drafting of one expert that is kept most often."""
+        ways = range(column, len(SHARPNESS) * len(self._seats), len(self._seats))
+        longest = len(self._survival) - 1
+        return max(ways if drafter.can_sharpen else ways[:1], key=lambda way: self._kept(way, longest))
+
+    def _draft(self, way: int, drafter: Seat, others: Sequence[Seat], ahead: int, num_context: int) -> list[_Forecast]:
+        kept, generated = self._kept(way, ahead), self._generated(ahead)
+        all_kept = float(self._survival[ahead, way])
         drafting = self._pace.seconds(drafter.name, "draft", ahead)
         scoring = max([self._judging(ahead), *(self._pace.seconds(seat.name, "score", ahead) for seat in others)])
         price = num_context * drafter.input_price + generated * drafter.output_price
         for seat in others:
             num_requests = 1 if seat.scores_at_once else ahead
             price += num_requests * ((num_context + ahead) * seat.input_price + seat.output_price)
-        alone = _Forecast(Move("draft", ahead, drafter.name), kept, drafting + scoring, generated / kept, price / kept)
+        move = Move("draft", ahead, drafter.name, SHARPNESS[way // len(self._seats)])
+        alone = _Forecast(move, kept, drafting + scoring, generated / kept, price / kept)
         if not others or not self._pace.begins_early:
             return [alone]
         # The next draft, begun early, is there at once where this one is kept whole, and lost where it is not.
         early = _Forecast(
-            Move("draft", ahead, drafter.name, begins_next=True),
+            replace(move, begins_next=True),
             kept,
             drafting + scoring - all_kept * min(drafting, scoring),
             generated * (2 - all_kept) / kept,

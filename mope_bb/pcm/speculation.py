@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from mope_bb.pcm.pacing import SHARPNESS
 from mope_bb.pcm.sampling import draw
 from mope_bb.types import Candidates, DraftStep, TokenDistribution
 
@@ -56,17 +57,18 @@ def columns_of(candidates: Candidates, distribution: TokenDistribution) -> npt.N
 
 
 def agreement_row(log_pi: Floats, logprobs: Floats, temperature: float) -> Floats:
-    """(E + 2), a row of `pacing.Agreement`: how likely a draft of each expert is kept here, and their common favourite.
+    """A row of `pacing.Agreement`, from log pi (C) as it is drawn from, the lists (E, C) and the answer's temperature.
 
-    Drafts by expert i are kept with probability sum_v min(pi(v), q_i(v)), q_i its list, (E, C) in all, at the drafting
-    temperature. Then comes pi of the piece that every expert holds for the most probable, 0 where they differ; then 1.
+    Drafts by expert i are kept with probability sum_v min(pi(v), q_i(v)), q_i its list at the drafting temperature:
+    for every sharpness and expert. Then pi of the piece that all experts hold for the most probable, 0 where they
+    differ; then 1.
     """
     pi = np.exp(log_pi)
     best = logprobs.argmax(axis=1)
-    if temperature > 0.0:
-        q = np.exp((logprobs - logprobs.max(axis=1, keepdims=True)) / temperature)
-        kept = np.minimum(pi, q / q.sum(axis=1, keepdims=True)).sum(axis=1)
-    else:
-        kept = pi[best]
     common = pi[best[0]] if (best == best[0]).all() else 0.0
-    return np.append(kept, (common, 1.0))
+    if temperature == 0.0:
+        return np.concatenate((*(pi[best] for _ in SHARPNESS), (common, 1.0)))
+    powers = np.multiply.outer(1 / (temperature * np.array(SHARPNESS)), logprobs - logprobs.max(axis=1, keepdims=True))
+    q = np.exp(powers)
+    kept = np.minimum(pi, q / q.sum(axis=2, keepdims=True)).sum(axis=2)
+    return np.concatenate((kept.ravel(), (common, 1.0)))

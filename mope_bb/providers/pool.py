@@ -33,6 +33,8 @@ class Seat:
     input_price: float = 0.0
     """Of a million tokens."""
     output_price: float = 0.0
+    can_sharpen: bool = False
+    """It can draft at other temperatures than 1 while its lists stay the model's own."""
 
 
 class ExpertPool:
@@ -131,6 +133,7 @@ class ExpertPool:
             scores_at_once=capabilities.score != "none",
             input_price=config.input_price,
             output_price=config.output_price,
+            can_sharpen=capabilities.logprob_scale == "raw",
         )
 
     def check_can_continue(self, names: Sequence[str]) -> None:

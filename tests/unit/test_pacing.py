@@ -12,7 +12,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mope_bb.config import DecodingConfig
-from mope_bb.pcm.pacing import UNKNOWN_AGREEMENT, WINDOW, Agreement, AnswerPace, Line, Move, Pace, Request
+from mope_bb.pcm.pacing import (
+    SHARPNESS,
+    UNKNOWN_AGREEMENT,
+    WINDOW,
+    Agreement,
+    AnswerPace,
+    Floats,
+    Line,
+    Move,
+    Pace,
+    Request,
+)
 from mope_bb.providers.pool import Seat
 
 Array = npt.NDArray[np.float64]
@@ -135,6 +146,11 @@ def test_window() -> None:
 # AnswerPace
 
 
+def row_of(chances: list[float]) -> Floats:
+    """A row for `Agreement`: alike at every sharpness, and the answer goes on."""
+    return np.array([*chances[:-1] * len(SHARPNESS), chances[-1], 1.0])
+
+
 @dataclass
 class Case:
     """A pool with what was measured of it; every expert guesses right with one chance at every position."""
@@ -158,7 +174,7 @@ class Case:
         for length in (1, *(1, 4, 16) * 4):
             for name, request in self.seconds:
                 pace.observe(name, request, length, self.took(name, request, length))
-        pace.agreement(("key",), len(self.seats)).add([np.array([*self.chances, 1.0])] * WINDOW)
+        pace.agreement(("key",), len(SHARPNESS) * len(self.seats)).add([row_of(self.chances)] * WINDOW)
         return pace, AnswerPace(pace, self.seats, ("key",), is_repeatable=is_repeatable)
 
     def kept(self, move: Move) -> float:
@@ -296,7 +312,7 @@ def test_generated_stays_in_the_budget(case: Case, seed: int) -> None:
             if move.drafter in (None, seat.name):
                 answer.num_generated[seat.name] += move.num_ahead * (2 if move.begins_next else 1)
         num_new = rng.choice((1, rng.randint(1, move.num_ahead)))
-        answer.learn([np.array([*case.chances, 1.0])] * num_new)
+        answer.learn([row_of(case.chances)] * num_new)
         num_kept += num_new
         limit = case.settings.max_generated * num_kept + 3 * case.settings.max_ahead
         assert max(answer.num_generated.values()) <= limit
@@ -324,7 +340,7 @@ def test_own_answer_counts() -> None:
     """In an answer on which the experts turn out to differ they are not asked far ahead, whatever was before."""
     _, answer = make_case(0.95).open()
     assert answer.choose(num_left=500, num_context=100).num_ahead >= 8
-    answer.learn([np.array([0.05, 0.05, 0.05, 0.05, 1.0])] * WINDOW)
+    answer.learn([row_of([0.05] * 4)] * WINDOW)
     assert answer.choose(num_left=500, num_context=100).num_ahead <= 2
 
 

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mope_bb.pcm.pacing import SHARPNESS
 from mope_bb.pcm.speculation import agreement_row, verify
 from mope_bb.types import Candidates, DraftStep, Piece, TokenDistribution
 
@@ -143,8 +144,10 @@ def test_agreement(values: list[float], said: list[list[float]], temperature: fl
     lists[lists < np.sort(lists, axis=1)[:, 2:3]] = 0.0
     with np.errstate(divide="ignore"):
         found = agreement_row(np.log(pi), np.log(lists), temperature)
-    for row, chance in zip(lists, found[:-2], strict=True):
-        assert abs(chance - np.minimum(pi, normalised(list(row ** (1 / temperature)))).sum()) < 1e-9
+    ways = [(row, sharpness) for sharpness in SHARPNESS for row in lists]
+    for (row, sharpness), chance in zip(ways, found[:-2], strict=True):
+        drafted = normalised(list(row ** (1 / (sharpness * temperature))))
+        assert abs(chance - np.minimum(pi, drafted).sum()) < 1e-9
     favourites = {int(row.argmax()) for row in lists}
     assert found[-1] == 1.0
     assert abs(found[-2] - (pi[favourites.pop()] if len(favourites) == 1 else 0.0)) < 1e-12
@@ -153,4 +156,4 @@ def test_agreement(values: list[float], said: list[list[float]], temperature: fl
 def test_agreement_of_greedy_drafts() -> None:
     """At temperature 0 a draft is kept with the probability of the drafter's favourite."""
     logs = np.log(np.array([[0.6, 0.3, 0.1], [0.2, 0.5, 0.3]]))
-    np.testing.assert_allclose(agreement_row(np.array([-np.inf, 0.0, -np.inf]), logs, 0.0), [0.0, 1.0, 0.0, 1.0])
+    np.testing.assert_allclose(agreement_row(np.array([-np.inf, 0.0, -np.inf]), logs, 0.0), [*[0.0, 1.0] * 3, 0.0, 1.0])
