@@ -1,15 +1,50 @@
-"""Questions that wait together travel together, for endpoints and models that take lists."""
+"""Equal questions at one time are asked once; others that wait together travel together."""
 
 from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Sequence
 from functools import partial
 from typing import Generic, TypeVar
 
 Q = TypeVar("Q")
 A = TypeVar("A")
+
+
+class SingleFlight(Generic[A]):
+    """Who asks what another is asking already waits for that answer. Only for questions that have one answer.
+
+    Never for what is sampled: there a second answer is another draw.
+    """
+
+    def __init__(self) -> None:
+        self._following: dict[Hashable, list[asyncio.Future[A | Exception | None]]] = {}
+
+    async def ask(self, question: Hashable, call: Callable[[], Awaitable[A]]) -> A:
+        """The answer to `question`, by `call()` where nobody asks it yet. Raises what the call raised."""
+        while (following := self._following.get(question)) is not None:
+            told: asyncio.Future[A | Exception | None] = asyncio.get_running_loop().create_future()
+            following.append(told)
+            answer = await told
+            if isinstance(answer, Exception):
+                raise answer
+            if answer is not None:
+                return answer
+            # Who asked was cancelled: the next one asks in its place.
+        following = self._following[question] = []
+        found: A | Exception | None = None
+        try:
+            found = await call()
+            return found
+        except Exception as error:
+            found = error
+            raise
+        finally:
+            del self._following[question]
+            for one in following:
+                if not one.done():
+                    one.set_result(found)
 
 
 class Coalescer(Generic[Q, A]):

@@ -134,6 +134,10 @@ class RewardConfig(_Section):
     """and how often it is asked again."""
     max_in_flight: Annotated[int, Field(ge=1, exclude=True)] = 16
     """`remote` and `judge`: questions under way at a time."""
+    input_price: Annotated[float, Field(ge=0, exclude=True)] = 0.0
+    """`remote` and `judge`: of a million tokens read, in any currency,"""
+    output_price: Annotated[float, Field(ge=0, exclude=True)] = 0.0
+    """and of a million tokens generated."""
 
     @model_validator(mode="after")
     def _check_kind(self) -> Self:
@@ -153,7 +157,11 @@ class RewardConfig(_Section):
 
 
 _ASKING = dict.fromkeys(
-    ("model", "base_url", "api_key_env", "timeout_s", "attempt_timeout_s", "max_retries", "max_in_flight"), False
+    (
+        *("model", "base_url", "api_key_env", "timeout_s", "attempt_timeout_s", "max_retries", "max_in_flight"),
+        *("input_price", "output_price"),
+    ),
+    False,
 )
 _REWARD_SETTINGS: dict[str, dict[str, bool]] = {
     "classifier": {"path": True, "device": False, "batch_size": False},
@@ -215,6 +223,20 @@ class DecodingConfig(_Section):
     """Longest draft, in tokens."""
     max_generated: Annotated[float, Field(ge=1)] = 2.0
     """Tokens that one expert may generate for each token that is kept, on average over an answer."""
+    on_expert_failure: Literal["end", "drop"] = "end"
+    """What it means in chat that an endpoint cannot be reached, or keeps failing: the answer ends with its error, or
+    goes on without that expert, with a warning. The base of a rule is never left out. In training the pair fails."""
+
+
+class BudgetConfig(_Section):
+    """The `[budget]` table: what one chat, evaluation or training run may spend; nothing more is asked then."""
+
+    max_calls: Annotated[int, Field(ge=1)] | None = None
+    """Requests to experts, reward models and judges, retries among them."""
+    max_tokens_billed: Annotated[int, Field(ge=1)] | None = None
+    """Tokens read and generated, as the endpoints report them."""
+    max_cost: Annotated[float, Field(gt=0)] | None = None
+    """By `input_price` and `output_price`, in their currency."""
 
 
 class CacheConfig(_Section):
@@ -316,6 +338,7 @@ class Config(_Section):
     pcm: PcmConfig = PcmConfig()
     merge: MergeConfig = MergeConfig()
     decoding: DecodingConfig = DecodingConfig()
+    budget: BudgetConfig = BudgetConfig()
     cache: CacheConfig = CacheConfig()
     train: TrainConfig = TrainConfig()
     presets: dict[Name, dict[Name, float]] = {}
@@ -454,6 +477,8 @@ def _known_keys(location: tuple[int | str, ...]) -> list[str]:
         "dimensions": DimensionConfig,
         "pcm": PcmConfig,
         "merge": MergeConfig,
+        "decoding": DecodingConfig,
+        "budget": BudgetConfig,
         "cache": CacheConfig,
         "train": TrainConfig,
     }

@@ -17,6 +17,7 @@
     |   +-- MalformedResponseError         a reply that is not what the protocol says
     |   |   +-- BrokenReplyError           not even JSON                           (retryable)
     |   +-- LogprobsUnavailableError       the endpoint answers, but without logprobs
+    +-- BudgetError                        what may be spent is spent
     +-- AlignmentError(ValueError)         distributions that cannot be merged
     +-- PcmError(RuntimeError)             the Preference Control Model failed
     |   +-- CheckpointError                a PCM folder that cannot be loaded
@@ -172,6 +173,12 @@ class LogprobsUnavailableError(ProviderError):
     """The endpoint answers, but gives no next-token logprobs, so it cannot be merged."""
 
     default_hint = "Serve this model with an engine that returns logprobs, such as llama.cpp, vLLM or SGLang."
+
+
+class BudgetError(MopeError):
+    """A limit in `[budget]` is reached: nothing more is asked."""
+
+    default_hint = "What was made is kept. Raise the limit in [budget] to go on."
 
 
 class AlignmentError(MopeError, ValueError):

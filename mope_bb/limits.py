@@ -1,4 +1,5 @@
-"""How many requests an endpoint gets at a time: a limit that learns from its 429s, and the queue in front of it.
+"""How many requests an endpoint gets at a time: a limit that learns from its 429s, a circuit that opens where it is
+down, and the queue in front of both.
 
 Additive increase, multiplicative decrease, as in TCP. What waits here waits in our own memory, before a connection is
 asked for: however many requests come at once, none of them times out while it is being connected.
@@ -19,6 +20,10 @@ MAX_RETRY_AFTER_S: Final = 120.0
 SHRINKAGE: Final = 0.8
 MIN_CLEAN: Final = 20
 """Growth takes at least this many successes in a row: at a small limit a step too far costs a large share of 429s."""
+TRIPS_AFTER: Final = 5
+"""So many failures in a row mean that an endpoint is down; as many tries has a single request by default."""
+FIRST_BREAK_S: Final = 1.0
+LONGEST_BREAK_S: Final = 30.0
 
 
 class Outcome(Enum):
@@ -27,8 +32,10 @@ class Outcome(Enum):
     SUCCEEDED = auto()
     THROTTLED = auto()
     """429: there were too many."""
+    DOWN = auto()
+    """No connection, no answer in time, or the server itself failed (5xx)."""
     FAILED = auto()
-    """Any other failure: no reason to ask for less, and none to ask for more."""
+    """Any other failure: it answers, so that it is there; no reason to ask for less, and none to ask for more."""
     ABANDONED = auto()
     """Nobody waited for the reply any more."""
 
@@ -92,7 +99,7 @@ class AdaptiveLimit:
             if retry_after_s:
                 resumes_at = self._clock() + min(retry_after_s, MAX_RETRY_AFTER_S)
                 self._resumes_at = max(self._resumes_at, resumes_at)
-        elif outcome is Outcome.FAILED:
+        elif outcome in (Outcome.FAILED, Outcome.DOWN):
             self._num_clean = 0
         self.in_flight -= 1
 
@@ -102,17 +109,70 @@ class AdaptiveLimit:
         self._was_reached = False
 
 
+class Circuit:
+    """Whether an endpoint is asked at all: after failures in a row it is left alone, then tried by one request.
+
+    The first break is a second; each trial that fails doubles it. Any answer, even a refusal, closes the circuit.
+    """
+
+    def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
+        """`clock` gives seconds that only rise."""
+        self._clock = clock
+        self._num_failed = 0
+        self._break_s = 0.0
+        self._retry_at = 0.0
+        self._is_tried = False
+
+    @property
+    def is_open(self) -> bool:
+        """The endpoint counts as down."""
+        return self._break_s > 0
+
+    @property
+    def break_s(self) -> float:
+        """How long it is left alone between two trials; 0 = the circuit is closed."""
+        return self._break_s
+
+    @property
+    def wait_s(self) -> float:
+        """How long it is left alone from now on; 0 = a request may try it."""
+        return max(0.0, self._retry_at - self._clock()) if self._break_s else 0.0
+
+    def allows(self) -> bool:
+        """Whether a request may be sent now."""
+        return not self._break_s or not (self._is_tried or self.wait_s)
+
+    def begin(self) -> None:
+        """Count a request that is sent now."""
+        self._is_tried = self.is_open
+
+    def end(self, outcome: Outcome) -> None:
+        """Count the end of a request."""
+        if outcome is Outcome.ABANDONED:
+            self._is_tried = False
+        elif outcome is not Outcome.DOWN:
+            self._num_failed, self._break_s, self._is_tried = 0, 0.0, False
+        elif self._is_tried or not self._break_s:
+            # While it is open only the trial counts: the others were sent before.
+            self._num_failed += 1
+            self._is_tried = False
+            if self._num_failed >= TRIPS_AFTER:
+                self._break_s = min(2 * self._break_s or FIRST_BREAK_S, LONGEST_BREAK_S)
+                self._retry_at = self._clock() + self._break_s
+
+
 class RequestQueue:
     """Requests in the order in which they came, retries first, as many at a time as the limit allows."""
 
-    def __init__(self, limit: AdaptiveLimit) -> None:
+    def __init__(self, limit: AdaptiveLimit, circuit: Circuit | None = None) -> None:
         self.limit = limit
+        self.circuit = circuit or Circuit()
         self._waiting: deque[asyncio.Future[int]] = deque()
         self._alarm: asyncio.TimerHandle | None = None
 
     def begin_now(self) -> int | None:
         """`AdaptiveLimit.begin`, if there is room and nobody waits; else None."""
-        return self.limit.begin() if not self._waiting and self.limit.has_room() else None
+        return self._begin() if not self._waiting and self._has_room() else None
 
     async def begin(self, *, is_retry: bool = False) -> int:
         """`AdaptiveLimit.begin`, as soon as it is this request's turn."""
@@ -133,15 +193,24 @@ class RequestQueue:
     def end(self, begun: int, outcome: Outcome, retry_after_s: float | None = None) -> None:
         """`AdaptiveLimit.end`; those who wait move up."""
         self.limit.end(begun, outcome, retry_after_s)
+        self.circuit.end(outcome)
         if self._waiting:
             self._admit()
 
+    def _has_room(self) -> bool:
+        return self.limit.has_room() and self.circuit.allows()
+
+    def _begin(self) -> int:
+        self.circuit.begin()
+        return self.limit.begin()
+
     def _admit(self) -> None:
-        while self._waiting and (self._waiting[0].done() or self.limit.has_room()):
+        while self._waiting and (self._waiting[0].done() or self._has_room()):
             turn = self._waiting.popleft()
             if not turn.done():
-                turn.set_result(self.limit.begin())
-        if self._waiting and self._alarm is None and (pause_s := self.limit.pause_s):
+                turn.set_result(self._begin())
+        pause_s = max(self.limit.pause_s, self.circuit.wait_s)
+        if self._waiting and self._alarm is None and pause_s:
             self._alarm = asyncio.get_running_loop().call_later(pause_s, self._resume)
 
     def _resume(self) -> None:

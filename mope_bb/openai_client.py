@@ -24,6 +24,7 @@ from mope_bb.errors import (
 )
 from mope_bb.limits import MAX_IN_FLIGHT
 from mope_bb.transport import CONNECT_TIMEOUT_S, Endpoint, ReplyTooLongError, build_client, read_limited
+from mope_bb.usage import Meter
 
 OPENAI_URL: Final = "https://api.openai.com/v1"
 _NOT_FOUND_HINT: Final = 'Is `model` right, and does `base_url` end where the API begins, such as in "/v1"?'
@@ -122,6 +123,15 @@ class OpenAIClient:
     def num_requests(self) -> int:
         """Requests sent, retries included."""
         return self._http.num_requests
+
+    @property
+    def is_down(self) -> bool:
+        """See `Endpoint.is_down`."""
+        return self._endpoint.is_down
+
+    def charge(self, meter: Meter) -> None:
+        """Count every request from now on."""
+        self._endpoint.meter = meter
 
     async def chat(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """POST one chat completion, not streamed; the JSON of the reply as it was on the wire. Raises a ProviderError.

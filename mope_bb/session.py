@@ -20,9 +20,9 @@ from typing import Any, TypeVar
 
 from mope_bb.cache import DistributionCache, open_cache
 from mope_bb.config import Config, PcmConfig, load_config
-from mope_bb.errors import ConfigError, ContextLengthError, PreferenceError
+from mope_bb.errors import ConfigError, ContextLengthError, PreferenceError, ProviderError
 from mope_bb.inference import choose_device
-from mope_bb.pcm.decode import OpenAnswer, decode
+from mope_bb.pcm.decode import OpenAnswer, decode, drop_failed, open_experts
 from mope_bb.pcm.merging import Plan
 from mope_bb.pcm.model import PreferenceControlModel, load_pcm
 from mope_bb.pcm.pacing import Pace
@@ -33,6 +33,7 @@ from mope_bb.preferences import Preference
 from mope_bb.providers.pool import ExpertPool
 from mope_bb.text import TextAssembler
 from mope_bb.types import Answer, Context, Effort, FinishReason, Message, SamplingOptions, Token, TokenStep
+from mope_bb.usage import Account
 
 T = TypeVar("T")
 Conversation = str | Sequence[Message | Mapping[str, Any]]
@@ -75,7 +76,7 @@ class AnswerStream:
     @property
     def answer(self) -> Answer:
         """The answer as far as it came; `finish_reason` is "length" for one that was left early."""
-        opened = self._opened
+        opened, asked = self._opened, self._plan.asked
         return Answer(
             self.text,
             tuple(self._steps),
@@ -83,6 +84,7 @@ class AnswerStream:
             None if opened is not None and opened.uses_drafts else self._seed,
             self._plan.rule.name,
             Effort() if opened is None else opened.effort,
+            () if opened is None else tuple(name for name in asked if name not in opened.plan.asked),
         )
 
     async def aclose(self) -> None:
@@ -125,7 +127,9 @@ class Session:
     def __init__(self, config: Config, *, cache: DistributionCache | None) -> None:
         self.config = config
         self.roster = config.roster()
-        self._pool = ExpertPool(config.experts, cache=cache)
+        self.account = Account.of(config)
+        """What was asked of endpoints so far, and what it cost."""
+        self._pool = ExpertPool(config.experts, cache=cache, account=self.account)
         self._pace = Pace(config.decoding)
         self._cache = cache
         self._pcm = _open_pcm(config.pcm)
@@ -189,13 +193,30 @@ class Session:
         return Preference.of(dict.fromkeys(served, 1.0))
 
     async def _open_answer(self, context: Context, plan: Plan, options: SamplingOptions, seed: int) -> OpenAnswer:
-        await self._pool.open(plan.asked)
-        scorer = await self._open_scorer()
-        # Who gives a seed wants the answer that belongs to it.
-        is_repeatable = options.seed is not None
+        drops_failed = self.config.decoding.on_expert_failure == "drop"
+        plan = await self._open_experts(plan, drops_failed=drops_failed)
         return decode(
-            context, plan, self._pool, scorer, options, seed=seed, pace=self._pace, is_repeatable=is_repeatable
+            context,
+            plan,
+            self._pool,
+            await self._open_scorer(),
+            options,
+            seed=seed,
+            pace=self._pace,
+            # Who gives a seed wants the answer that belongs to it.
+            is_repeatable=options.seed is not None,
+            drops_failed=drops_failed,
         )
+
+    async def _open_experts(self, plan: Plan, *, drops_failed: bool) -> Plan:
+        """The plan with those of its experts that could be opened."""
+        while True:
+            try:
+                await open_experts(self._pool, plan, waits=not drops_failed)
+            except ProviderError as error:
+                plan = drop_failed(plan, error, is_allowed=drops_failed)
+            else:
+                return plan
 
     async def _open_scorer(self) -> Scorer:
         """The PCM's runner is built when the experts' tokenizer is known."""
@@ -205,6 +226,11 @@ class Session:
                 fingerprint = self._pool.tokenizer_fingerprint
                 self._scorer = await asyncio.to_thread(PcmScorer, self._pcm, expert_fingerprint=fingerprint)
             return self._scorer
+
+    @property
+    def cache_hits(self) -> int:
+        """Questions that the cache has answered so far."""
+        return 0 if self._cache is None else self._cache.num_hits
 
     async def aclose(self) -> None:
         """Close connections, models and the cache."""

@@ -1,4 +1,4 @@
-"""The one place that speaks HTTP: clients, deadlines and retries.
+"""The one place that speaks HTTP: clients, deadlines, retries, limits and what is counted against a budget.
 
 One retry layer, this one: tenacity in block form with a fresh object per request, entered after a first failure. A
 deadline covers a request with all its retries and always wins. `CancelledError` is never retried. Redirects are not
@@ -25,9 +25,11 @@ from mope_bb.errors import (
     BrokenReplyError,
     ConfigError,
     MalformedResponseError,
+    ProviderConnectionError,
     ProviderError,
     ProviderTimeoutError,
     RateLimitError,
+    ServerError,
 )
 from mope_bb.failures import (
     classify_status,
@@ -38,13 +40,17 @@ from mope_bb.failures import (
     server_message,
 )
 from mope_bb.limits import MAX_IN_FLIGHT, MAX_RETRY_AFTER_S, AdaptiveLimit, Outcome, RequestQueue
+from mope_bb.usage import Meter
 
 T = TypeVar("T")
 Client = TypeVar("Client", bound=httpx.AsyncClient)
 CONNECT_TIMEOUT_S: Final = 5.0
 KEEP_ALIVE_S: Final = 4.0
 """Below the 5 s after which uvicorn and llama.cpp close a connection that is not used: we must not write to it then."""
-MAX_REPLY_BYTES: Final = 64 * 2**20
+MAX_REPLY_BYTES: Final = 4 * 2**20
+"""Of a reply that holds no lists. As Python's objects JSON can take twenty times its own size."""
+BYTES_PER_ENTRY: Final = 512
+"""Room for one entry of a list: a token of the longest kind as text, as numbers, and its logprob."""
 BACKOFF_INITIAL_S: Final = 0.5
 BACKOFF_MAX_S: Final = 8.0
 _JSON: Final = {"content-type": "application/json"}
@@ -64,13 +70,24 @@ class Endpoint:
     """Deadline of each try, once it is sent."""
     max_retries: int
     max_in_flight: int = MAX_IN_FLIGHT
+    meter: Meter | None = None
+    """Counts every request, and the tokens that replies tell."""
     queue: RequestQueue = field(init=False)
+    _last_failure: str = field(init=False, default="")
 
     def __post_init__(self) -> None:
         self.queue = RequestQueue(AdaptiveLimit(self.max_in_flight))
 
+    @property
+    def is_down(self) -> bool:
+        """It has failed several times in a row, and another request would have to wait until it is tried again."""
+        return not self.queue.circuit.allows()
+
     async def run(self, send: Callable[[], Awaitable[T]], *, url: str) -> T:
-        """The value of `send()`, which is called again after a retryable ProviderError. Raises a ProviderError."""
+        """The value of `send()`, which is called again after a retryable ProviderError.
+
+        Raises a ProviderError, and BudgetError before anything is sent that the budget does not allow.
+        """
         deadline = asyncio.get_running_loop().time() + self.timeout_s
         try:
             return await self._try(send, url, deadline)
@@ -100,6 +117,8 @@ class Endpoint:
             begun = await self._wait_for_turn(url, deadline)
         outcome, retry_after_s = Outcome.ABANDONED, None
         try:
+            if self.meter is not None:
+                self.meter.begin_call()
             ends = asyncio.get_running_loop().time() + self.attempt_timeout_s
             # One timer for both deadlines.
             async with asyncio.timeout_at(ends if deadline is None else min(ends, deadline)):
@@ -109,11 +128,14 @@ class Endpoint:
         except RateLimitError as error:
             outcome, retry_after_s = Outcome.THROTTLED, error.retry_after_s
             raise
-        except ProviderError:
-            outcome = Outcome.FAILED
+        except ProviderError as error:
+            is_down = isinstance(error, ProviderConnectionError | ProviderTimeoutError | ServerError)
+            outcome = Outcome.DOWN if is_down else Outcome.FAILED
+            self._last_failure = error.message
             raise
         except TimeoutError:
-            outcome = Outcome.FAILED
+            outcome = Outcome.DOWN
+            self._last_failure = f"{url} did not answer in time"
             if deadline is not None and deadline <= ends:
                 raise
             raise self.error(
@@ -129,12 +151,19 @@ class Endpoint:
             async with asyncio.timeout_at(deadline):
                 return await self.queue.begin()
         except TimeoutError:
-            limit = self.queue.limit
             raise self.error(
-                ProviderTimeoutError,
-                f"{url} could not be asked within {self.timeout_s:g} s: {limit.in_flight} other requests are under way"
-                + (f", and it asked to wait another {limit.pause_s:.0f} s" if limit.pause_s else ""),
+                ProviderTimeoutError, f"{url} could not be asked within {self.timeout_s:g} s: {self._obstacle()}"
             ) from None
+
+    def _obstacle(self) -> str:
+        """Why requests have to wait."""
+        limit, circuit = self.queue.limit, self.queue.circuit
+        if circuit.is_open:
+            return (
+                f"it is down, and tried again every {circuit.break_s:g} s; the last failure was: {self._last_failure}"
+            )
+        paused = f", and it asked to wait another {limit.pause_s:.0f} s" if limit.pause_s else ""
+        return f"{limit.in_flight} other requests are under way{paused}"
 
     def error(self, kind: type[ProviderError], message: str, **facts: Any) -> ProviderError:
         """An error of this endpoint; `facts` are the further arguments of ProviderError."""
@@ -143,8 +172,7 @@ class Endpoint:
     def failure(self, error: aiohttp.ClientError | httpx.HTTPError | ReplyTooLongError, url: str) -> ProviderError:
         """What it means that no reply could be read."""
         if isinstance(error, ReplyTooLongError):
-            message = f"the reply of {url} is longer than {MAX_REPLY_BYTES} bytes"
-            return self.error(MalformedResponseError, message)
+            return self.error(MalformedResponseError, f"the reply of {url} is longer than {error.max_bytes} bytes")
         if isinstance(error, httpx.HTTPError):
             return self.error(*map_httpx_error(error, url))
         return self.error(*map_aiohttp_error(error, url))
@@ -162,9 +190,12 @@ class Endpoint:
         )
 
     def decode(self, body: bytes, url: str) -> Any:
-        """The JSON of a good reply. Raises MalformedResponseError."""
+        """The JSON of a good reply, whose tokens are counted. Raises MalformedResponseError."""
         try:
-            return orjson.loads(body)
+            reply = orjson.loads(body)
+            if self.meter is not None:
+                self.meter.read(reply)
+            return reply
         except orjson.JSONDecodeError as error:
             # What begins as JSON, or not at all, was cut or garbled on its way; anything else is another server's.
             kind = BrokenReplyError if body.lstrip()[:1] in (b"", b"{", b"[") else MalformedResponseError
@@ -234,19 +265,32 @@ class HttpClient:
         self.num_requests = 0
         """Requests sent, retries included."""
 
+    @property
+    def is_down(self) -> bool:
+        """See `Endpoint.is_down`."""
+        return self._endpoint.is_down
+
+    def charge(self, meter: Meter) -> None:
+        """Count every request from now on."""
+        self._endpoint.meter = meter
+
     async def get_json(self, path: str) -> Any:
-        """GET `path`; the decoded JSON. Raises a ProviderError."""
-        return await self._request("GET", path, None)
+        """GET `path`; the decoded JSON. Raises a ProviderError or BudgetError."""
+        return await self._request("GET", path, None, MAX_REPLY_BYTES)
 
-    async def post_json(self, path: str, body: Mapping[str, Any]) -> Any:
-        """POST `body` as JSON to `path`; the decoded JSON. Raises a ProviderError."""
-        return await self._request("POST", path, orjson.dumps(body))
+    async def post_json(self, path: str, body: Mapping[str, Any], *, num_entries: int = 0) -> Any:
+        """POST `body` as JSON to `path`; the decoded JSON. Raises a ProviderError or BudgetError.
 
-    async def _request(self, method: str, path: str, content: bytes | None) -> Any:
+        `num_entries` is how many entries the lists of the reply may have in all: a reply may be longer by them.
+        """
+        max_bytes = MAX_REPLY_BYTES + num_entries * BYTES_PER_ENTRY
+        return await self._request("POST", path, orjson.dumps(body), max_bytes)
+
+    async def _request(self, method: str, path: str, content: bytes | None, max_bytes: int) -> Any:
         url = self.base_url + path
-        return await self._endpoint.run(partial(self._send, method, url, content), url=url)
+        return await self._endpoint.run(partial(self._send, method, url, content, max_bytes), url=url)
 
-    async def _send(self, method: str, url: str, content: bytes | None) -> Any:
+    async def _send(self, method: str, url: str, content: bytes | None, max_bytes: int) -> Any:
         self.num_requests += 1
         session = self._session or self._open_session()
         try:
@@ -254,14 +298,14 @@ class HttpClient:
                 method, url, data=content, headers=_JSON if content else None, allow_redirects=False
             )
             try:
-                body = await _read_body(response)
+                body = await _read_body(response, max_bytes)
             finally:
                 # Of a reply that was not read to its end it closes the connection; else that is back in the pool.
                 response.close()
         except (aiohttp.ClientError, ReplyTooLongError) as error:
             raise self._endpoint.failure(error, url) from None
         if "content-encoding" in response.headers:
-            body = self._unpack(body, response.headers["content-encoding"], url)
+            body = self._unpack(body, response.headers["content-encoding"], url, max_bytes)
         if response.status != 200:
             raise self._endpoint.status_error(response.status, response.headers, body, url)
         return self._endpoint.decode(body, url)
@@ -282,19 +326,19 @@ class HttpClient:
         )
         return self._session
 
-    def _unpack(self, body: bytes, encoding: str, url: str) -> bytes:
+    def _unpack(self, body: bytes, encoding: str, url: str, max_bytes: int) -> bytes:
         """The body without its encoding. Raises MalformedResponseError."""
         if encoding.lower() == "identity":
             return body
         try:
             if encoding.lower() != "gzip":
                 raise zlib.error(f"{encoding!r} was not asked for")
-            unpacked = zlib.decompressobj(_GZIP).decompress(body, MAX_REPLY_BYTES + 1)
+            unpacked = zlib.decompressobj(_GZIP).decompress(body, max_bytes + 1)
         except zlib.error as error:
             message = f"the reply of {url} cannot be decoded: {error}"
             raise self._endpoint.error(MalformedResponseError, message) from None
-        if len(unpacked) > MAX_REPLY_BYTES:
-            raise self._endpoint.failure(ReplyTooLongError(), url)
+        if len(unpacked) > max_bytes:
+            raise self._endpoint.failure(ReplyTooLongError(max_bytes), url)
         return unpacked
 
     async def aclose(self) -> None:
@@ -311,14 +355,14 @@ class HttpClient:
         await self.aclose()
 
 
-async def _read_body(response: aiohttp.ClientResponse) -> bytes:
+async def _read_body(response: aiohttp.ClientResponse, max_bytes: int) -> bytes:
     """The body as it was sent. Raises ReplyTooLongError or aiohttp.ClientError."""
     parts: list[bytes] = []
     size = 0
     while part := await response.content.readany():
         size += len(part)
-        if size > MAX_REPLY_BYTES:
-            raise ReplyTooLongError
+        if size > max_bytes:
+            raise ReplyTooLongError(max_bytes)
         parts.append(part)
     return b"".join(parts)
 
@@ -356,7 +400,11 @@ def build_client(
 
 
 class ReplyTooLongError(Exception):
-    """A body of more than MAX_REPLY_BYTES; `Endpoint.failure` makes a ProviderError of it."""
+    """A body of more than `max_bytes`; `Endpoint.failure` makes a ProviderError of it."""
+
+    def __init__(self, max_bytes: int) -> None:
+        super().__init__(max_bytes)
+        self.max_bytes = max_bytes
 
 
 async def read_limited(response: httpx.Response) -> bytes:
@@ -366,7 +414,7 @@ async def read_limited(response: httpx.Response) -> bytes:
     async for part in response.aiter_bytes():
         size += len(part)
         if size > MAX_REPLY_BYTES:
-            raise ReplyTooLongError
+            raise ReplyTooLongError(MAX_REPLY_BYTES)
         parts.append(part)
     return b"".join(parts)
 

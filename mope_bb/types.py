@@ -236,6 +236,8 @@ class Answer:
     """With it the same endpoints give the same answer again; None where what endpoints drew took part."""
     merge: str
     effort: Effort = Effort()
+    dropped: tuple[str, ...] = ()
+    """Experts whose endpoints failed and without which the answer went on, in that order."""
 
     @property
     def missed_mass_mean(self) -> float | None:

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 from unittest.mock import patch
@@ -17,7 +18,18 @@ from unittest.mock import patch
 from mope_bb.pcm import decode as decoding
 from tests.evidence import FOLDER, machine_facts, tell
 from tests.evidence_training import commit
-from tests.speculation.measure import MODES, SETUPS, THRESHOLD, WITHOUT_LISTS, Mode, Setup, sample
+from tests.speculation.measure import (
+    MODES,
+    SETUPS,
+    THRESHOLD,
+    WITHOUT_LISTS,
+    Mode,
+    Sampled,
+    Setup,
+    processes,
+    sample,
+    sample_widely,
+)
 from tests.speculation.wrong_rules import WRONG
 
 NUM_ANSWERS: Final = 100_000
@@ -63,22 +75,25 @@ def broken_promises(results: dict[str, Any]) -> list[str]:
 
 def check_distribution() -> dict[str, Any]:
     """Chi-square of whole answers of known experts against their exact distribution; and of wrong rules."""
-    exact = {
-        f"{setup}; {mode}": sampled_row(SETUPS[setup], MODES[mode], f"{setup}; {mode}")
-        for setup in SETUPS
-        for mode in MODES
-    }
-    exact["linear, one expert without lists"] = sampled_row(WITHOUT_LISTS, MODES["auto"], "one expert without lists")
+    with processes() as workers:
+        widely = partial(sample_widely, workers)
+        exact = {
+            f"{setup}; {mode}": tested(f"{setup}; {mode}", widely, SETUPS[setup], MODES[mode])
+            for setup in SETUPS
+            for mode in MODES
+        }
+        name = "linear, one expert without lists"
+        exact[name] = tested(name, widely, WITHOUT_LISTS, MODES["auto"])
     wrong = {}
     for name, (rule, setup) in WRONG.items():
         with patch.object(decoding, "verify", rule):
-            wrong[name] = sampled_row(setup, MODES["draft"], name)
+            wrong[name] = tested(name, sample, setup, MODES["draft"])
     return {"threshold": THRESHOLD, "exact": exact, "wrong_rules": wrong}
 
 
-def sampled_row(setup: Setup, mode: Mode, name: str) -> dict[str, Any]:
+def tested(name: str, take: Callable[[Setup, Mode, int], Sampled], setup: Setup, mode: Mode) -> dict[str, Any]:
     """The test of one way of sampling."""
-    sampled = sample(setup, mode, NUM_ANSWERS)
+    sampled = take(setup, mode, NUM_ANSWERS)
     row = {
         "num_answers": NUM_ANSWERS,
         **asdict(sampled.test(setup.exact())),

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mope_bb.cli.spending import usage_shown
 from mope_bb.errors import ConfigError, MopeError
 from mope_bb.types import SamplingOptions
 
@@ -90,14 +91,15 @@ def chat(
 
         session = build_session(changed(config, pcm_path, decoding))
         try:
-            if question is None:
-                from mope_bb.cli.interactive import Conversation
+            with usage_shown(session.account, lambda: session.cache_hits):
+                if question is None:
+                    from mope_bb.cli.interactive import Conversation
 
-                Conversation(runner, session, options, preferences[0] if preferences else None).run()
-            elif len(preferences) > 1:
-                runner.run(compare(session, options, question, preferences))
-            else:
-                runner.run(answer_once(session, options, question, preferences[0] if preferences else None))
+                    Conversation(runner, session, options, preferences[0] if preferences else None).run()
+                elif len(preferences) > 1:
+                    runner.run(compare(session, options, question, preferences))
+                else:
+                    runner.run(answer_once(session, options, question, preferences[0] if preferences else None))
         finally:
             runner.run(session.aclose())
 
@@ -238,6 +240,8 @@ def summary(answer: Answer, *, is_stopped: bool = False) -> str:
         parts.append(f"{waits:.2f} round trips and {drawn:.1f} generated a token")
     if drawn_by := sorted({step.drawn_by for step in answer.steps if step.drawn_by is not None}):
         parts.append(f"experts drawn one at a time, without logprobs ({', '.join(drawn_by)})")
+    if answer.dropped:
+        parts.append(f"without {', '.join(answer.dropped)}, whose endpoint failed")
     if is_stopped:
         parts.append("stopped")
     elif answer.finish_reason == "length":

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
+from mope_bb.cli.spending import usage_shown
 from mope_bb.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -199,13 +200,18 @@ def run_evaluation(
     from mope_bb.rewards.registry import open_reward_panel
     from mope_bb.training.tasks import reference_expert, served_dimensions
     from mope_bb.types import SamplingOptions
+    from mope_bb.usage import Account
 
     config = experts.config
     wanted = wanted_combinations(experts)
     tasks = build_tasks(prompts, wanted)
-    panel = open_reward_panel(config, served_dimensions(config))
+    account = Account.of(config)
+    panel = open_reward_panel(config, served_dimensions(config), account)
     try:
-        with ExpertBench(config, {expert.name for expert in config.experts}) as bench:
+        with (
+            ExpertBench(config, {expert.name for expert in config.experts}, account) as bench,
+            usage_shown(account, lambda: bench.cache_hits),
+        ):
             evaluator = Evaluator(
                 bench,
                 panel,

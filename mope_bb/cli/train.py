@@ -7,6 +7,7 @@ from typing import Any, Final
 
 import click
 
+from mope_bb.cli.spending import usage_shown
 from mope_bb.errors import ConfigError, MopeError
 
 ABLATIONS: Final = ("shuffled-rewards", "context-free", "no-features")
@@ -98,7 +99,7 @@ def train(  # noqa: PLR0917  # one parameter per flag
         from mope_bb.training.trainer import Trainer
 
         trainer = Trainer(setup)
-        with live(setup) as view:
+        with usage_shown(setup.account, lambda: setup.bench.cache_hits), live(setup) as view:
             try:
                 trainer.run(view.show_step, on_answers=view.show_answers, resume=resume)
             except (KeyboardInterrupt, MopeError):

@@ -35,15 +35,17 @@ def open_setup(
     from mope_bb.training.runs import Ablation, TrainingSetup
     from mope_bb.training.tasks import reference_expert, served_dimensions
     from mope_bb.training.team import Team
+    from mope_bb.usage import Account
 
     rule, base = choose_rule(config, merge), config.roster().base
     reference, dimensions = reference_expert(config), served_dimensions(config)
     loaded = find_prompts(config, is_zoo=is_zoo)
-    panel = open_reward_panel(config, dimensions)
+    account = Account.of(config)
+    panel = open_reward_panel(config, dimensions, account)
     try:
         pcm = open_pcm(config)
         names = {*styled_experts(config), reference, *((base,) if base is not None else ())}
-        with ExpertBench(config, names) as bench:
+        with ExpertBench(config, names, account) as bench:
             yield TrainingSetup(
                 config,
                 rule,
@@ -58,6 +60,7 @@ def open_setup(
                     uses_features=ablation not in ("no-features", "context-free"),
                 ),
                 team or Team(),
+                account,
             )
     finally:
         panel.close()

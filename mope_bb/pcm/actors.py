@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
-from mope_bb.errors import ConfigError, ContextLengthError, MopeError
+from mope_bb.errors import BudgetError, ConfigError, ContextLengthError, MopeError
 from mope_bb.pcm.decode import decode
 from mope_bb.pcm.gates import Gate
 from mope_bb.pcm.heads import NoHead, PcmRows
@@ -41,7 +41,7 @@ class Actor(ABC):
     ) -> list[Rollout | FailedRollout]:
         """One rollout per request, in order; a failure costs that rollout only. `options.seed` is not read.
 
-        Raises ConfigError for what concerns every answer.
+        Raises ConfigError and BudgetError for what concerns every answer.
         """
 
     @abstractmethod
@@ -155,7 +155,7 @@ class PoolActor(Actor):
             answer = decode(context, request.plan, self._pool, scorer, options, seed=request.seed, pace=self._pace)
             async for step in answer:
                 steps.append(step)
-        except ConfigError:
+        except (BudgetError, ConfigError):
             raise
         except ContextLengthError as error:
             # The answer has grown to the end of an expert's context.

@@ -24,6 +24,7 @@ from mope_bb.pcm.pacing import Pace
 from mope_bb.pcm.pool_sampler import PoolSampler
 from mope_bb.pcm.rollouts import Sampler
 from mope_bb.providers.pool import ExpertPool
+from mope_bb.usage import Account
 
 T = TypeVar("T")
 
@@ -31,10 +32,10 @@ T = TypeVar("T")
 class ExpertBench:
     """Local experts answer in step, batch by batch; others through the pool, many answers at once."""
 
-    def __init__(self, config: Config, names: Collection[str]) -> None:
+    def __init__(self, config: Config, names: Collection[str], account: Account | None = None) -> None:
         """Opens the experts `names` if they are all local; others are opened when they are first asked.
 
-        Raises ConfigError where one of them gives no logprobs.
+        `account` is what their requests are counted against. Raises ConfigError where one of them gives no logprobs.
         """
         chosen = [expert for expert in config.experts if expert.name in names]
         check_logprobs(chosen)
@@ -42,7 +43,7 @@ class ExpertBench:
         self.models = open_local_models(chosen) if are_local(chosen) else {}
         """The local experts by name; empty when some expert is not local."""
         self._cache = None if self.models else open_cache(config.cache)
-        self._pool = ExpertPool(chosen, cache=self._cache)
+        self._pool = ExpertPool(chosen, cache=self._cache, account=account)
         self._pace = Pace(config.decoding)
         self._runner = asyncio.Runner()
 

@@ -11,16 +11,24 @@ and a piece that an expert drafted is tested against the merged distribution (`s
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from mope_bb.errors import ContextLengthError, LogprobsUnavailableError, MalformedResponseError, RequestError
+from mope_bb.errors import (
+    ContextLengthError,
+    LogprobsUnavailableError,
+    MalformedResponseError,
+    ProviderError,
+    RequestError,
+)
 from mope_bb.pcm import expert_first
 from mope_bb.pcm.merging import Merged, Plan, merge_path
 from mope_bb.pcm.pacing import AnswerPace, Move, Pace, Request
@@ -34,6 +42,7 @@ from mope_bb.types import END, Context, DraftStep, Effort, Piece, SamplingOption
 T = TypeVar("T")
 REFUSALS = (RequestError, MalformedResponseError, LogprobsUnavailableError)
 """What an endpoint answers that does not do what was asked of it."""
+_log = logging.getLogger(__name__)
 
 
 class OpenAnswer:
@@ -50,22 +59,24 @@ class OpenAnswer:
         seed: int,
         pace: Pace | None = None,
         is_repeatable: bool = False,
+        drops_failed: bool = False,
     ) -> None:
         """See `decode`."""
         check_sampling(options)
         self.effort = Effort()
         """What the experts did so far."""
+        self.plan = plan
+        """Who is asked: from an expert's failure on without it, where that is allowed."""
         self.uses_drafts = False
         """Whether chance at an endpoint took part: then the seed alone does not give this answer again."""
         self._context = context
-        self._plan = plan
         self._pool = pool
         self._scorer = scorer
         self._options = options
         self._generator = random.Random(seed)
         self._shared_pace = pace or Pace()
         self._is_repeatable = is_repeatable
-        self._known = Lookahead(plan.asked)
+        self._drops_failed = drops_failed
         self._may_be_cached = True
         self._begun: tuple[Move, asyncio.Task[tuple[DraftStep, ...]]] | None = None
 
@@ -73,20 +84,12 @@ class OpenAnswer:
         return self._steps()
 
     async def _steps(self) -> AsyncGenerator[TokenStep, None]:
-        await self._pool.open(self._plan.asked)
-        if self._options.max_tokens > 1:
-            self._pool.check_can_continue(self._plan.asked)
-        self._pace = self._open_pace()
-        self._unlisted = tuple(name for name in self._plan.asked if not self._pool.seat(name).gives_lists)
-        if self._unlisted:
-            expert_first.check_plan(self._plan, self._unlisted, self._options)
-        # Who scores a draft would else begin only then to render the conversation.
-        await together([self._pool.prepare(name, self._context) for name in self._plan.asked])
+        await self._going_on(self._begin)
         num_left = self._options.max_tokens
         self._shared_pace.num_open += 1
         try:
             while num_left > 0:
-                steps = await self._block(num_left)
+                steps = await self._going_on(partial(self._block, num_left))
                 num_left -= len(steps)
                 for step in steps:
                     yield step
@@ -96,21 +99,41 @@ class OpenAnswer:
             self._shared_pace.num_open -= 1
             await self._drop_begun()
 
-    def _open_pace(self) -> AnswerPace:
-        plan, options = self._plan, self._options
-        return AnswerPace(
+    async def _begin(self) -> None:
+        """Open the experts of the plan and make ready what they all begin with."""
+        plan, options, pool = self.plan, self._options, self._pool
+        await open_experts(pool, plan, waits=not self._drops_failed)
+        if options.max_tokens > 1:
+            pool.check_can_continue(plan.asked)
+        self._known = Lookahead(plan.asked)
+        self._pace = AnswerPace(
             self._shared_pace,
-            [self._pool.seat(name) for name in plan.asked],
+            [pool.seat(name) for name in plan.asked],
             key=(plan.asked, plan.rule.name, options.temperature, options.top_p),
             is_repeatable=self._is_repeatable and options.temperature > 0,
         )
+        self._unlisted = tuple(name for name in plan.asked if not pool.seat(name).gives_lists)
+        if self._unlisted:
+            expert_first.check_plan(plan, self._unlisted, options)
+        # Who scores a draft would else begin only then to render the conversation.
+        await together([pool.prepare(name, self._context) for name in plan.asked])
+
+    async def _going_on(self, work: Callable[[], Awaitable[T]]) -> T:
+        """What `work()` gives; where an expert fails that may be dropped, what it gives without that expert."""
+        while True:
+            try:
+                return await work()
+            except ProviderError as error:
+                self.plan = drop_failed(self.plan, error, is_allowed=self._drops_failed)
+                await self._drop_begun()
+                await self._going_on(self._begin)
 
     async def _block(self, num_left: int) -> list[TokenStep]:
         """The next steps, at least one and at most `num_left`."""
         if self._unlisted:
             return [await self._draw_expert_first()]
-        if self._may_be_cached and (lists := await self._pool.recall(self._plan.asked, self._context)) is not None:
-            for name, distribution in zip(self._plan.asked, lists, strict=True):
+        if self._may_be_cached and (lists := await self._pool.recall(self.plan.asked, self._context)) is not None:
+            for name, distribution in zip(self.plan.asked, lists, strict=True):
                 self._known.learn_one(name, distribution)
             return await self._look_ahead(Move("lockstep"))
         # Beyond what an earlier answer has left, nothing is in the cache.
@@ -144,7 +167,7 @@ class OpenAnswer:
             judged = await self._judge(expected)
         steps: list[TokenStep] = []
         shapes: list[Tensor] = []
-        merged = merge_path(self._plan, lists, judged.head_scores, judged.gate)
+        merged = merge_path(self.plan, lists, judged.head_scores, judged.gate)
         for position, one in enumerate(merged):
             shapes.append(self._shaped(one))
             steps.append(self._step(one, shapes[-1], draw(shapes[-1], self._generator.random()), judged))
@@ -154,7 +177,7 @@ class OpenAnswer:
         return steps
 
     async def _ask(self, num_ahead: int) -> None:
-        depths = {name: self._known.depth(name) for name in self._plan.asked}
+        depths = {name: self._known.depth(name) for name in self.plan.asked}
         if min(depths.values()) > 0:
             return
         self._count(num_round_trips=1)
@@ -188,18 +211,18 @@ class OpenAnswer:
             following = replace(move, num_ahead=num_next)
             drafting = self._draft(drafter, self._context.extended(*path), following)
             self._begun = following, asyncio.ensure_future(drafting)
-        others = [name for name in self._plan.asked if name != drafter]
+        others = [name for name in self.plan.asked if name != drafter]
         asking = together([self._score(name, path[:-1]) for name in others])
         scores, judged = await self._with_judging(path[:-1], asking)
         said = {drafter: [step.distribution for step in draft], **dict(zip(others, scores, strict=True))}
-        lists = [[said[name][position] for name in self._plan.asked] for position in range(len(draft))]
+        lists = [[said[name][position] for name in self.plan.asked] for position in range(len(draft))]
         if others:
             self._count(num_round_trips=1, num_scored=len(others) * len(draft))
         self.uses_drafts |= self._options.temperature > 0
         steps: list[TokenStep] = []
         shapes: list[Tensor] = []
         is_kept = True
-        for step, one in zip(draft, merge_path(self._plan, lists, judged.head_scores, judged.gate), strict=True):
+        for step, one in zip(draft, merge_path(self.plan, lists, judged.head_scores, judged.gate), strict=True):
             shapes.append(self._shaped(one))
             uniforms = self._generator.random(), self._generator.random()
             verdict = verify(shapes[-1], one.candidates, step, uniforms)
@@ -245,12 +268,12 @@ class OpenAnswer:
     # Some expert gives no lists: the expert is drawn first.
 
     async def _draw_expert_first(self) -> TokenStep:
-        listed = [name for name in self._plan.asked if name not in self._unlisted]
+        listed = [name for name in self.plan.asked if name not in self._unlisted]
         found, judged = await self._with_judging((), self._pool.ask(listed, self._context))
         lists = dict(zip(listed, found, strict=True))
-        weights = expert_first.expert_weights(self._plan, lists, judged.head_scores[0], judged.gate)
-        share = expert_first.shares(self._plan, lists, weights)
-        name = self._plan.asked[draw(share.log(), self._generator.random())]
+        weights = expert_first.expert_weights(self.plan, lists, judged.head_scores[0], judged.gate)
+        share = expert_first.shares(self.plan, lists, weights)
+        name = self.plan.asked[draw(share.log(), self._generator.random())]
         if name in lists:
             logprobs = torch.tensor(lists[name].logprobs, dtype=torch.float64)
             piece = lists[name].pieces[draw(logprobs, self._generator.random())]
@@ -262,7 +285,7 @@ class OpenAnswer:
         for one in {*listed, name}:
             self._count_generated(one, 1)
         self._context = self._context.extended(piece)
-        return expert_first.step_of(self._plan, lists, weights, (name, piece), judged.policy_version)
+        return expert_first.step_of(self.plan, lists, weights, (name, piece), judged.policy_version)
 
     # What all share
 
@@ -275,7 +298,7 @@ class OpenAnswer:
             judging.cancel()
 
     async def _judge(self, path: Sequence[Piece]) -> PathJudgement:
-        judging = self._scorer.judge_path(self._context, path, self._plan.preference_text, self._plan.experts)
+        judging = self._scorer.judge_path(self._context, path, self.plan.preference_text, self.plan.experts)
         return await self._timed("", "judge", judging, lambda found: len(found.head_scores))
 
     async def _timed(self, name: str, request: Request, work: Coroutine[Any, Any, T], count: Callable[[T], int]) -> T:
@@ -292,10 +315,10 @@ class OpenAnswer:
         return TokenStep(
             piece=merged.candidates.pieces[index],
             logprob=float(shaped[index]),
-            experts=self._plan.asked,
+            experts=self.plan.asked,
             candidates=merged.candidates,
             index=index,
-            weights=(*((0.0,) if self._plan.rule.needs_base else ()), *merged.weights.tolist()),
+            weights=(*((0.0,) if self.plan.rule.needs_base else ()), *merged.weights.tolist()),
             missed_mass=merged.missed_mass,
             floor_mass=merged.floor_mass,
             entropy=float(torch.special.entr(shaped.exp()).sum()),
@@ -333,14 +356,43 @@ def decode(
     seed: int,
     pace: Pace | None = None,
     is_repeatable: bool = False,
+    drops_failed: bool = False,
 ) -> OpenAnswer:
     """The steps of one answer, END included, at most `options.max_tokens` pieces: `async for step in decode(...)`.
 
     `pace` is what the answers of one pool have measured together. `is_repeatable` keeps out what endpoints draw by
     themselves: there is then one uniform number per step from a generator of this answer's own, and equal seeds and
-    equal distributions give equal answers. Raises ConfigError here; ProviderError, AlignmentError, PcmError on the way.
+    equal distributions give equal answers. `drops_failed`: an expert whose endpoint is down, or keeps failing, is left
+    out from there on; the base of a rule that needs one and the last expert are not. Raises ConfigError here;
+    ProviderError, BudgetError, AlignmentError, PcmError on the way.
     """
-    return OpenAnswer(context, plan, pool, scorer, options, seed=seed, pace=pace, is_repeatable=is_repeatable)
+    return OpenAnswer(
+        context,
+        plan,
+        pool,
+        scorer,
+        options,
+        seed=seed,
+        pace=pace,
+        is_repeatable=is_repeatable,
+        drops_failed=drops_failed,
+    )
+
+
+async def open_experts(pool: ExpertPool, plan: Plan, *, waits: bool) -> None:
+    """Open the experts of `plan`; `waits`: also for one that is down. Raises ProviderError."""
+    if not waits:
+        pool.check_not_down(plan.asked)
+    await pool.open(plan.asked)
+
+
+def drop_failed(plan: Plan, error: ProviderError, *, is_allowed: bool) -> Plan:
+    """`plan` without the expert that `error` names, with a warning. Raises `error` where that cannot be."""
+    left = plan.without(error.expert or "")
+    if left is None or not (is_allowed and error.retryable):
+        raise error
+    _log.warning("%s; the answer goes on without this expert", error)
+    return left
 
 
 def _testable(draft: Sequence[DraftStep]) -> Sequence[DraftStep]:

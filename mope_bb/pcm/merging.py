@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -40,6 +40,14 @@ class Plan:
     def asked(self) -> tuple[str, ...]:
         """Everyone who is asked, in the order of all E-sized fields of a TokenStep."""
         return (self.base, *self.experts) if self.base is not None and self.rule.needs_base else self.experts
+
+    def without(self, expert: str) -> Plan | None:
+        """The same without a styled expert, the other weights grown in proportion; None where nobody would be left."""
+        left = {name: weight for name, weight in zip(self.experts, self.lambdas, strict=True) if name != expert}
+        total = math.fsum(left.values())
+        if expert not in self.experts or not left:
+            return None
+        return replace(self, experts=tuple(left), lambdas=tuple(weight / total for weight in left.values()))
 
     @cached_property
     def log_lambda(self) -> Tensor:

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from mope_bb.cache import DistributionCache, distribution_key
+from mope_bb.coalescing import SingleFlight
 from mope_bb.errors import AlignmentError, LogprobsUnavailableError, MalformedResponseError
 from mope_bb.types import END, Context, DraftStep, Message, Piece, TokenDistribution
+from mope_bb.usage import Meter
 
 SENTINEL_LOGPROB: Final = -9990.0
 """At or below this a number means "no value": -9999 (OpenAI, vLLM), -3.4e38 (llama.cpp), -inf."""
@@ -110,6 +112,14 @@ class Expert(ABC):
         """How often the endpoint was asked, retries included; 0 for a model in this process."""
         return 0
 
+    @property
+    def is_down(self) -> bool:
+        """Its endpoint has failed several times in a row, and it is not yet time to try it again."""
+        return False
+
+    def charge(self, meter: Meter) -> None:  # noqa: B027  # a model in this process costs nothing
+        """Count every request from now on."""
+
     @abstractmethod
     async def aclose(self) -> None:
         """Free connections and memory."""
@@ -123,6 +133,8 @@ class IdExpert(Expert):
         self._system = system
         self._cache = cache
         self._prompts: OrderedDict[tuple[Message, ...], tuple[int, ...]] = OrderedDict()
+        self._open_lists: SingleFlight[TokenDistribution] = SingleFlight()
+        self._open_scores: SingleFlight[tuple[TokenDistribution, ...]] = SingleFlight()
 
     @abstractmethod
     async def encode_prompt(self, messages: Sequence[Message]) -> tuple[int, ...]:
@@ -146,6 +158,9 @@ class IdExpert(Expert):
 
     async def next_tokens(self, context: Context, *, top_k: int) -> TokenDistribution:
         ids = await self.ids_of(context)
+        return await self._open_lists.ask((ids, top_k), lambda: self._next_tokens(ids, top_k))
+
+    async def _next_tokens(self, ids: tuple[int, ...], top_k: int) -> TokenDistribution:
         if self._cache is None:
             return await self.ask(ids, top_k)
         key = distribution_key(await self.identity(), ids, top_k)
@@ -157,6 +172,9 @@ class IdExpert(Expert):
 
     async def score(self, context: Context, draft: Sequence[Piece], *, top_k: int) -> tuple[TokenDistribution, ...]:
         ids = await self.ids_of(context)
+        return await self._open_scores.ask((ids, *draft, top_k), lambda: self._score(ids, draft, top_k))
+
+    async def _score(self, ids: tuple[int, ...], draft: Sequence[Piece], top_k: int) -> tuple[TokenDistribution, ...]:
         if self._cache is None:
             return tuple(await self.score_ids(ids, draft, top_k))
         keys = await self._keys(ids, draft, top_k)

@@ -27,6 +27,7 @@ from mope_bb.providers.drafting import build_step, build_steps, certain_position
 from mope_bb.providers.drawing import ONE_DRAW, DrawAsk, piece_of_draw
 from mope_bb.providers.wire import Position, Reply
 from mope_bb.types import END, Context, DraftStep, Message, Piece, TokenDistribution
+from mope_bb.usage import Meter
 
 Question = tuple[tuple[int, ...], int]
 """The ids of a prompt with the answer so far, and k."""
@@ -57,6 +58,13 @@ class Connection(Protocol):
     def num_requests(self) -> int:
         """Requests sent, retries included."""
 
+    @property
+    def is_down(self) -> bool:
+        """See `Expert.is_down`."""
+
+    def charge(self, meter: Meter) -> None:
+        """Count every request from now on."""
+
     async def aclose(self) -> None:
         """Close all connections."""
 
@@ -73,6 +81,13 @@ class WireExpert(Expert):
     @property
     def num_requests(self) -> int:
         return self._client.num_requests
+
+    @property
+    def is_down(self) -> bool:
+        return self._client.is_down
+
+    def charge(self, meter: Meter) -> None:
+        self._client.charge(meter)
 
     async def aclose(self) -> None:
         await self._client.aclose()

@@ -9,10 +9,11 @@ from typing import Any, TypeVar
 
 from mope_bb.cache import DistributionCache
 from mope_bb.config import ExpertConfig
-from mope_bb.errors import AlignmentError, MopeError, PrefillError, TopKError
+from mope_bb.errors import AlignmentError, MopeError, PrefillError, ProviderConnectionError, TopKError
 from mope_bb.providers.base import Capabilities, Expert
 from mope_bb.providers.registry import open_expert
 from mope_bb.types import Context, DraftStep, Piece, TokenDistribution
+from mope_bb.usage import Account
 
 T = TypeVar("T")
 
@@ -40,7 +41,11 @@ class Seat:
 class ExpertPool:
     """The experts by name. Only those that are asked are ever contacted."""
 
-    def __init__(self, configs: Sequence[ExpertConfig], *, cache: DistributionCache | None) -> None:
+    def __init__(
+        self, configs: Sequence[ExpertConfig], *, cache: DistributionCache | None, account: Account | None = None
+    ) -> None:
+        """`account` is what their requests are counted against."""
+        self._account = account
         self._configs = {config.name: config for config in configs}
         self._cache = cache
         self._experts: dict[str, Expert] = {}
@@ -56,6 +61,8 @@ class ExpertPool:
                 if name not in self._experts:
                     # A local model takes seconds to load: not on the event loop.
                     expert = await asyncio.to_thread(open_expert, self._configs[name], self._cache)
+                    if self._account is not None:
+                        expert.charge(self._account.meter(name))
                     self._experts[name] = expert
                     self._top_k[name] = allowed_top_k(self._configs[name], expert.capabilities)
             new = [name for name in names if name not in self._verified]
@@ -135,6 +142,12 @@ class ExpertPool:
             output_price=config.output_price,
             can_sharpen=capabilities.logprob_scale == "raw",
         )
+
+    def check_not_down(self, names: Sequence[str]) -> None:
+        """Raise ProviderConnectionError for the first of `names` that would have to be waited for, being down."""
+        for name in names:
+            if name in self._experts and self._experts[name].is_down:
+                raise ProviderConnectionError("its endpoint is down", expert=name)
 
     def check_can_continue(self, names: Sequence[str]) -> None:
         """Raise PrefillError, before anything is paid, if one of `names` gives first tokens only."""

@@ -17,6 +17,7 @@ from mope_bb.errors import AlignmentError, ProviderConnectionError, ProviderErro
 from mope_bb.providers.base import Expert
 from mope_bb.transport import retry
 from mope_bb.types import Context, DraftStep, Message, Piece, TokenDistribution
+from mope_bb.usage import Meter
 
 T = TypeVar("T")
 SLACK: Final = 4
@@ -38,12 +39,12 @@ class Balancer:
         self._avoided_until = [0.0] * num_replicas
         self._homes: OrderedDict[int, int] = OrderedDict()
 
-    def choose(self, conversation: int, tried: Collection[int] = ()) -> int:
-        """The replica for a question of `conversation`, one that is not among those `tried` if there is one."""
+    def choose(self, conversation: int, tried: Collection[int] = (), down: Collection[int] = ()) -> int:
+        """The replica for a question of `conversation`: where there is another, none of those `tried` or `down`."""
         untried = [index for index in range(len(self._outstanding)) if index not in tried]
         known = untried or range(len(self._outstanding))
         now = self._clock()
-        allowed = [index for index in known if self._avoided_until[index] <= now] or known
+        allowed = [index for index in known if self._avoided_until[index] <= now and index not in down] or known
         idlest = min(allowed, key=lambda index: (self._outstanding[index], self._num_asked[index]))
         home = self._homes.get(conversation)
         if home is None or home not in allowed:
@@ -124,6 +125,14 @@ class ReplicatedExpert(Expert):
     def num_requests(self) -> int:
         return sum(one.num_requests for one in self._replicas)
 
+    @property
+    def is_down(self) -> bool:
+        return all(one.is_down for one in self._replicas)
+
+    def charge(self, meter: Meter) -> None:
+        for one in self._replicas:
+            one.charge(meter)
+
     async def aclose(self) -> None:
         for one in self._replicas:
             await one.aclose()
@@ -134,7 +143,9 @@ class ReplicatedExpert(Expert):
         tried: list[int] = []
 
         async def send() -> T:
-            index = self._balancer.choose(conversation, tried)
+            # One that is down is no longer, as soon as it is time for a question to try it.
+            down = [index for index, one in enumerate(self._replicas) if one.is_down]
+            index = self._balancer.choose(conversation, tried, down)
             tried.append(index)
             with self._balancer.asking(index):
                 return await ask(self._replicas[index])

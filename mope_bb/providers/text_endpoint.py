@@ -11,6 +11,7 @@ import orjson
 
 from mope_bb.cache import DistributionCache, distribution_key
 from mope_bb.chat_tokenizer import ChatTokenizer, as_openai, refuse_control_token
+from mope_bb.coalescing import SingleFlight
 from mope_bb.errors import AlignmentError, PrefillError
 from mope_bb.providers.base import Capabilities, with_system
 from mope_bb.providers.drawing import ONE_DRAW, DrawAsk
@@ -49,6 +50,7 @@ class TextEndpoint(WireExpert):
         self._tokenizer = tokenizer
         self._system = system
         self._cache = cache
+        self._open_lists: SingleFlight[TokenDistribution] = SingleFlight()
 
     @abstractmethod
     async def ask_text(self, messages: Sequence[Message], answer: str, ask: Ask) -> Reply:
@@ -59,6 +61,9 @@ class TextEndpoint(WireExpert):
 
     async def next_tokens(self, context: Context, *, top_k: int) -> TokenDistribution:
         messages, answer = self._prompt(context)
+        return await self._open_lists.ask((messages, answer, top_k), lambda: self._next_tokens(messages, answer, top_k))
+
+    async def _next_tokens(self, messages: Sequence[Message], answer: str, top_k: int) -> TokenDistribution:
         if self._cache is None:
             return await self._ask(messages, answer, top_k)
         key = self._key(messages, answer, top_k)

@@ -20,6 +20,7 @@ from pathlib import Path
 from mope_bb.chat_tokenizer import as_openai
 from mope_bb.errors import RewardError
 from mope_bb.types import Message
+from mope_bb.usage import Meter
 
 Conversation = tuple[Message, ...]
 Comparison = tuple[Conversation, Conversation]
@@ -42,6 +43,9 @@ class RewardModel(ABC):
     def close(self) -> None:
         """Give back what the model holds; it cannot score afterwards. A second call does nothing."""
 
+    def charge(self, meter: Meter) -> None:  # noqa: B027  # a model in this process costs nothing
+        """Count every request from now on; `score` raises BudgetError where nothing is left."""
+
 
 class PairwiseRewardModel(ABC):
     """Compares answers with their references in one dimension."""
@@ -58,6 +62,9 @@ class PairwiseRewardModel(ABC):
     @abstractmethod
     def close(self) -> None:
         """Give back what the model holds; it cannot compare afterwards. A second call does nothing."""
+
+    def charge(self, meter: Meter) -> None:  # noqa: B027  # a model in this process costs nothing
+        """Count every request from now on; `compare` raises BudgetError where nothing is left."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ from mope_bb.errors import ConfigError, RewardError
 from mope_bb.openai_client import OPENAI_URL, OpenAIClient
 from mope_bb.rewards.asking import ask_all, failed, read_key
 from mope_bb.rewards.base import Comparison, Conversation, PairwiseRewardModel, RewardModel
+from mope_bb.usage import Meter
 
 MAX_GRADE: Final = 10
 _VALUES: Final = {"A": 1.0, "TIE": 0.5, "B": 0.0}
@@ -123,6 +124,7 @@ class _Judge:
         self._criterion = criterion
         self._api_key = api_key
         self._is_closed = False
+        self.meter: Meter | None = None
 
     def ask(self, questions: Sequence[Question], parse: Callable[[str], float]) -> list[float | RewardError]:
         """What `parse` reads in the replies; what it cannot read is asked once more."""
@@ -151,7 +153,7 @@ class _Judge:
 
     def _open_client(self) -> OpenAIClient:
         config = self._config
-        return OpenAIClient(
+        client = OpenAIClient(
             config.base_url or OPENAI_URL,
             provider="openai" if config.api_version is None else "azure",
             expert=self.dimension,
@@ -161,6 +163,9 @@ class _Judge:
             attempt_timeout_s=config.attempt_timeout_s,
             max_retries=config.max_retries,
         )
+        if self.meter is not None:
+            client.charge(self.meter)
+        return client
 
 
 class PairwiseJudge(PairwiseRewardModel):
@@ -181,6 +186,9 @@ class PairwiseJudge(PairwiseRewardModel):
             questions += [Question(tuple(prompt), both), Question(tuple(prompt), both[::-1])]
         told = self._judge.ask(questions, parse_verdict)
         return [_mean_win(first, second) for first, second in zip(told[::2], told[1::2], strict=True)]
+
+    def charge(self, meter: Meter) -> None:
+        self._judge.meter = meter
 
     def close(self) -> None:
         self._judge.close()
@@ -210,6 +218,9 @@ class GradedJudge(RewardModel):
         questions = [Question(tuple(prompt), (answer.content,)) for *prompt, answer in conversations]
         grades = self._judge.ask(questions, parse_grade)
         return [one if isinstance(one, RewardError) else one * self._scale for one in grades]
+
+    def charge(self, meter: Meter) -> None:
+        self._judge.meter = meter
 
     def close(self) -> None:
         self._judge.close()

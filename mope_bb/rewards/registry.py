@@ -7,18 +7,22 @@ from collections.abc import Collection
 from mope_bb.config import Config, RewardConfig
 from mope_bb.errors import ConfigError
 from mope_bb.rewards.base import PairwiseRewardModel, RewardModel, RewardPanel
+from mope_bb.usage import Account, reward_name
 
 
-def open_reward_panel(config: Config, dimensions: Collection[str]) -> RewardPanel:
+def open_reward_panel(config: Config, dimensions: Collection[str], account: Account | None = None) -> RewardPanel:
     """Open the reward models of `dimensions`, as their `[dimensions.NAME]` tables say; the panel closes them.
 
-    Raises ConfigError for a dimension without a reward, and what the models raise.
+    `account` is what those are counted against that are asked over HTTP. Raises ConfigError for a dimension without a
+    reward, and what the models raise.
     """
     settings = {name: _settings(config, name) for name in dimensions}
     models: dict[str, RewardModel | PairwiseRewardModel] = {}
     try:
         for name, reward in settings.items():
             models[name] = _open(name, reward, config.dimensions[name].text)
+            if account is not None:
+                models[name].charge(account.meter(reward_name(name)))
     except BaseException:
         for model in models.values():
             model.close()

@@ -22,6 +22,7 @@ from mope_bb.rewards.asking import ask_all, failed, read_key
 from mope_bb.rewards.base import Conversation, RewardModel, checked_score, win_probability
 from mope_bb.rewards.rendering import ChatRenderer, open_renderer
 from mope_bb.transport import HttpClient
+from mope_bb.usage import Meter
 
 SAME: Final = 0.01
 """Two replies to one question may differ by this much, as batches are computed in half precision."""
@@ -155,6 +156,7 @@ class RemoteReward(RewardModel):
         assert renderer is not None or not self._server.reads_text
         self._is_known_raw = not self._server.is_told_raw
         self._is_closed = False
+        self._meter: Meter | None = None
 
     def score(self, conversations: Sequence[Conversation]) -> list[float | RewardError]:
         if self._is_closed:
@@ -170,6 +172,9 @@ class RemoteReward(RewardModel):
             ask_all(self._open_client, ask, asked, dimension=self.dimension, max_in_flight=self._config.max_in_flight)
         )
         return [one if isinstance(one, RewardError) else next(found) for one in shown]
+
+    def charge(self, meter: Meter) -> None:
+        self._meter = meter
 
     def close(self) -> None:
         self._is_closed = True
@@ -187,7 +192,7 @@ class RemoteReward(RewardModel):
 
     def _open_client(self) -> HttpClient:
         config = self._config
-        return HttpClient(
+        client = HttpClient(
             # "/v1" belongs to other routes of these servers.
             str(config.base_url).rstrip("/").removesuffix("/v1"),
             provider=str(config.provider),
@@ -197,6 +202,9 @@ class RemoteReward(RewardModel):
             attempt_timeout_s=config.attempt_timeout_s,
             max_retries=config.max_retries,
         )
+        if self._meter is not None:
+            client.charge(self._meter)
+        return client
 
     async def _ask(self, client: HttpClient, shown: Any, trial: _Trial) -> float:
         score = await self._question(client, shown, raw=True)

@@ -3,6 +3,7 @@
     pairs       dispatched -> complete | failed; `step` = the batch that took it, empty while it waits
     rollouts    an answer each, as soon as it is whole; the bytes go when no resume can need them, the text stays
     reference_answers   one per prompt, with its raw scores
+    usage       what was asked of endpoints, by expert or reward model; what a kill interrupts is not counted
 
 A pair is *trained* if a checkpoint holds its step: resuming from the checkpoint of step k frees the pairs of later
 steps, whose lessons are not in those weights, to be trained again. So no pair counts twice in any weights that exist,
@@ -21,12 +22,13 @@ import sqlite3
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
 from mope_bb.errors import ConfigError, TrainingError
+from mope_bb.usage import Usage
 
 FORMAT: Final = 1
 SCHEMA: Final = """
@@ -59,6 +61,17 @@ CREATE TABLE reference_answers (
 );
 CREATE INDEX pairs_by_step ON pairs (step);
 """
+
+
+USAGE: Final = """CREATE TABLE IF NOT EXISTS usage (
+    name TEXT PRIMARY KEY,
+    num_calls INTEGER NOT NULL,
+    num_told INTEGER NOT NULL,
+    input_tokens INTEGER NOT NULL,
+    output_tokens INTEGER NOT NULL,
+    cost REAL NOT NULL
+)"""
+"""Came later, and takes nothing from ledgers that lack it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +152,7 @@ class Ledger:
                 f"the ledger {str(self._path)!r} has format {found}, expected {FORMAT}",
                 hint="It was written by another version of mope-bb.",
             )
+        self._database.execute(USAGE)
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
@@ -267,6 +281,21 @@ class Ledger:
         with self._transaction() as database:
             database.executemany(
                 "INSERT OR IGNORE INTO reference_answers (prompt, text) VALUES (?, ?)", list(texts.items())
+            )
+
+    def usage(self) -> dict[str, Usage]:
+        """What the run has asked of endpoints so far, by `usage.Account`'s names."""
+        rows = self._database.execute(
+            "SELECT name, num_calls, num_told, input_tokens, output_tokens, cost FROM usage"
+        ).fetchall()
+        return {name: Usage(*numbers) for name, *numbers in rows}
+
+    def put_usage(self, by_name: Mapping[str, Usage]) -> None:
+        """Keep what the run has asked of endpoints so far, in all its processes."""
+        with self._transaction() as database:
+            database.executemany(
+                "INSERT OR REPLACE INTO usage VALUES (?, ?, ?, ?, ?, ?)",
+                [(name, *astuple(usage)) for name, usage in by_name.items()],
             )
 
     def close(self) -> None:

@@ -18,6 +18,7 @@ from mope_bb.rewards.base import RewardPanel
 from mope_bb.training.scoring import prompt_key
 from mope_bb.training.team import Team
 from mope_bb.types import Message
+from mope_bb.usage import Account
 
 Prompts = Sequence[tuple[Message, ...]]
 FILE: Final = "run.json"
@@ -64,6 +65,8 @@ class TrainingSetup:
     ablation: Ablation = field(default_factory=Ablation)
     team: Team = field(default_factory=Team)
     """Learner processes; this one is the first."""
+    account: Account = field(default_factory=Account)
+    """What the run has asked of endpoints, in earlier processes as well, and what it may."""
 
 
 def describe_run(

@@ -141,7 +141,8 @@ class Trainer:
         """Train to the end, from where the run in `output_dir` stands if `resume` and there is one.
 
         `on_step` is told each row of metrics and the share that is done; `on_answers`, while a batch is sampled, how
-        many of its answers there are, of how many. Raises TrainingError, ProviderError, RewardError and ConfigError.
+        many of its answers there are, of how many. Raises TrainingError, ProviderError, RewardError, BudgetError and
+        ConfigError.
         """
         self._on_step, self._on_answers = on_step, on_answers
         try:
@@ -180,6 +181,8 @@ class Trainer:
                     await self._wait()
             except BaseException:
                 await self._stop(self._actor, plain)
+                with suppress(TrainingError):
+                    self._ledger.put_usage(setup.account.by_name)
                 if self._num_steps and not self._is_torn:
                     # What stopped the run is what is told; the last checkpoint and the ledger hold the rest.
                     with suppress(TrainingError):
@@ -251,6 +254,7 @@ class Trainer:
             rewards, error = (None, str(result)) if isinstance(result, MopeError) else (result.rewards, None)
             ended.append(Ended(pair_id, version, rewards, error))
         self._ledger.end(ended, reference_scores)
+        self._ledger.put_usage(self._setup.account.by_name)
         self._waiting |= {pair_id: _Waiting(version, result) for pair_id, (version, result) in made.items()}
         self._num_ended += len(ended)
 
@@ -444,6 +448,8 @@ class Trainer:
 
     def _restore(self) -> None:
         """Go on from the last checkpoint and the ledger."""
+        for name, usage in self._ledger.usage().items():
+            self._setup.account.add(name, usage)
         last = self.checkpoints / LAST
         if last.exists():
             state = load_state(last)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import math
+import multiprocessing
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from itertools import repeat
 from typing import Final, Literal
 from unittest.mock import patch
 
@@ -169,6 +172,32 @@ class Sampled:
 def sample(setup: Setup, mode: Mode, num_answers: int, *, is_repeatable: bool = False) -> Sampled:
     """One answer for each of the seeds 0, 1, ..."""
     return asyncio.run(_sample(setup, mode, range(num_answers), is_repeatable=is_repeatable))
+
+
+NUM_PROCESSES: Final = 2
+
+
+@contextmanager
+def processes() -> Iterator[ProcessPoolExecutor]:
+    """For `sample_widely`; they import torch once."""
+    with ProcessPoolExecutor(NUM_PROCESSES, mp_context=multiprocessing.get_context("spawn")) as found:
+        yield found
+
+
+def sample_widely(workers: ProcessPoolExecutor, setup: Setup, mode: Mode, num_answers: int) -> Sampled:
+    """The same as `sample`, shared among processes."""
+    found = Sampled()
+    shares = [range(first, num_answers, NUM_PROCESSES) for first in range(NUM_PROCESSES)]
+    for part in workers.map(_sample_share, repeat(setup), repeat(mode), shares):
+        found.answers |= part.answers
+        found.efforts.update(part.efforts)
+        found.num_with_drafts += part.num_with_drafts
+    return found
+
+
+def _sample_share(setup: Setup, mode: Mode, seeds: Sequence[int]) -> Sampled:
+    torch.set_num_threads(1)
+    return asyncio.run(_sample(setup, mode, seeds, is_repeatable=False))
 
 
 async def _sample(setup: Setup, mode: Mode, seeds: Sequence[int], *, is_repeatable: bool) -> Sampled:

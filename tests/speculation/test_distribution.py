@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from typing import Final
 from unittest.mock import patch
 
@@ -17,7 +18,16 @@ from mope_bb.pcm.runner import PathJudgement
 from mope_bb.types import Context, Piece
 from tests.speculation import measure
 from tests.speculation.experts import PIECES, TOP_K, KnownExpert, PlaceScorer, make_tables, place_scores
-from tests.speculation.measure import MODES, SETUPS, THRESHOLD, WITHOUT_LISTS, RuleName, Setup, sample
+from tests.speculation.measure import (
+    MODES,
+    SETUPS,
+    THRESHOLD,
+    WITHOUT_LISTS,
+    RuleName,
+    Setup,
+    sample,
+    sample_widely,
+)
 from tests.speculation.reference import Reference
 from tests.speculation.wrong_rules import WRONG
 
@@ -26,37 +36,44 @@ SHAPED: Final = "linear, temperature 0.7, top_p 0.9"
 every_setup = pytest.mark.parametrize("setup", SETUPS.values(), ids=SETUPS)
 
 
+NUM_ANSWERS: Final = 10_000
+
+
+@pytest.fixture(scope="module")
+def workers() -> Iterator[ProcessPoolExecutor]:
+    """As many processes as `make test` may count on cores."""
+    with measure.processes() as found:
+        yield found
+
+
 @pytest.mark.parametrize(
-    ("setup", "mode", "num_answers"),
-    [
-        *((rule, "draft", 2_000) for rule in RULES),
-        *((rule, "draft, next begun", 10_000) for rule in RULES),
-        *((rule, "auto", 10_000) for rule in RULES),
-        (SHAPED, "auto", 5_000),
-    ],
+    ("setup", "mode"),
+    [*((rule, mode) for rule in RULES for mode in ("draft", "draft, next begun", "auto")), (SHAPED, "auto")],
 )
-def test_drafts_keep_the_distribution(setup: str, mode: str, num_answers: int) -> None:
+def test_drafts_keep_the_distribution(workers: ProcessPoolExecutor, setup: str, mode: str) -> None:
     """Whole answers pass a chi-square test against the exact probabilities of all answers."""
-    sampled = sample(SETUPS[setup], MODES[mode], num_answers)
+    sampled = sample_widely(workers, SETUPS[setup], MODES[mode], NUM_ANSWERS)
     assert sampled.test(SETUPS[setup].exact()).p_value > THRESHOLD
     # The test would say little if all drafts were kept, or none.
     assert 0.3 < sampled.share_kept < 0.85
-    assert sampled.num_with_drafts > 0.5 * num_answers
+    assert sampled.num_with_drafts > 0.5 * NUM_ANSWERS
 
 
 @every_setup
-def test_lockstep_and_lookahead(setup: Setup) -> None:
+def test_lockstep_and_lookahead(workers: ProcessPoolExecutor, setup: Setup) -> None:
     """Lockstep has the exact distribution, and lookahead gives the same answers in fewer round trips."""
-    lockstep, lookahead = (sample(setup, MODES[mode], 1_000) for mode in ("lockstep", "lookahead"))
+    modes = ("lockstep", "lookahead")
+    lockstep, lookahead = (sample_widely(workers, setup, MODES[mode], NUM_ANSWERS) for mode in modes)
     assert lockstep.test(setup.exact()).p_value > THRESHOLD
     assert lookahead.answers == lockstep.answers
     assert lockstep.efforts["num_round_trips"] == lockstep.num_tokens
     assert lookahead.efforts["num_round_trips"] < 0.95 * lookahead.num_tokens
 
 
-def test_expert_without_lists() -> None:
+def test_expert_without_lists(workers: ProcessPoolExecutor) -> None:
     """Drawing the expert first gives the linear mixture, of whole distributions and of lists."""
-    assert sample(WITHOUT_LISTS, MODES["auto"], 2_500).test(WITHOUT_LISTS.exact()).p_value > THRESHOLD
+    sampled = sample_widely(workers, WITHOUT_LISTS, MODES["auto"], NUM_ANSWERS)
+    assert sampled.test(WITHOUT_LISTS.exact()).p_value > THRESHOLD
 
 
 @every_setup

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from mope_bb.coalescing import Coalescer
+from mope_bb.coalescing import Coalescer, SingleFlight
 
 
 class Server:
@@ -123,3 +123,75 @@ def test_closing_ends_everything() -> None:
             await asked
 
     asyncio.run(scene())
+
+
+class Counted:
+    """Answers "yes" when it is told to, and counts how often it was asked."""
+
+    def __init__(self) -> None:
+        self.num_asked = 0
+        self.go = asyncio.Event()
+        self.error: Exception | None = None
+
+    async def __call__(self) -> str:
+        self.num_asked += 1
+        await self.go.wait()
+        if self.error is not None:
+            raise self.error
+        return "yes"
+
+
+def test_equal_questions_at_one_time_are_asked_once() -> None:
+    """Others are asked on their own, and so is the same one afterwards: nothing is remembered here."""
+
+    async def run() -> None:
+        flight, call, other = SingleFlight[str](), Counted(), Counted()
+        asked = [asyncio.ensure_future(flight.ask("one", call)) for _ in range(5)]
+        asked.append(asyncio.ensure_future(flight.ask("two", other)))
+        await turns()
+        assert (call.num_asked, other.num_asked) == (1, 1)
+        call.go.set()
+        other.go.set()
+        assert await asyncio.gather(*asked) == ["yes"] * 6
+        assert await flight.ask("one", call) == "yes"
+        assert call.num_asked == 2
+
+    asyncio.run(run())
+
+
+def test_a_failure_is_everyones() -> None:
+    """All who waited for the same answer get the error, and the next one asks anew."""
+
+    async def run() -> None:
+        flight, call = SingleFlight[str](), Counted()
+        call.error = ConnectionError("gone")
+        asked = [asyncio.ensure_future(flight.ask("one", call)) for _ in range(3)]
+        await turns()
+        call.go.set()
+        found = await asyncio.gather(*asked, return_exceptions=True)
+        assert found == [call.error] * 3
+        call.error = None
+        assert await flight.ask("one", call) == "yes"
+
+    asyncio.run(run())
+
+
+def test_who_leaves_costs_the_others_nothing() -> None:
+    """A follower leaves alone; when the one who asks is cancelled, one of the others asks in its place."""
+
+    async def run() -> None:
+        flight, call = SingleFlight[str](), Counted()
+        asked = [asyncio.ensure_future(flight.ask("one", call)) for _ in range(4)]
+        await turns()
+        asked[2].cancel()
+        await turns()
+        assert call.num_asked == 1
+        asked[0].cancel()
+        await turns()
+        assert call.num_asked == 2
+        call.go.set()
+        found = await asyncio.gather(*asked, return_exceptions=True)
+        assert [isinstance(one, asyncio.CancelledError) for one in found] == [True, False, True, False]
+        assert (found[1], found[3]) == ("yes", "yes")
+
+    asyncio.run(run())

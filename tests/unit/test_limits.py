@@ -7,7 +7,15 @@ import random
 
 import pytest
 
-from mope_bb.limits import MAX_RETRY_AFTER_S, AdaptiveLimit, Outcome, RequestQueue
+from mope_bb.limits import (
+    FIRST_BREAK_S,
+    MAX_RETRY_AFTER_S,
+    TRIPS_AFTER,
+    AdaptiveLimit,
+    Circuit,
+    Outcome,
+    RequestQueue,
+)
 
 
 class Clock:
@@ -269,3 +277,85 @@ def test_who_waits_is_woken_when_the_endpoint_takes_requests_again() -> None:
         queue.end(await asyncio.wait_for(queue.begin(), 5), Outcome.SUCCEEDED)
 
     asyncio.run(scene())
+
+
+def fail(circuit: Circuit, count: int = 1) -> None:
+    """Requests, one after the other, that find the endpoint down."""
+    for _ in range(count):
+        assert circuit.allows()
+        circuit.begin()
+        circuit.end(Outcome.DOWN)
+
+
+def test_failures_in_a_row_open_the_circuit() -> None:
+    """Not one fewer; and any answer in between, even a refusal, begins the row anew."""
+    circuit = Circuit(clock=Clock())
+    for outcome in (Outcome.SUCCEEDED, Outcome.THROTTLED, Outcome.FAILED):
+        fail(circuit, TRIPS_AFTER - 1)
+        circuit.begin()
+        circuit.end(outcome)
+    fail(circuit, TRIPS_AFTER - 1)
+    assert circuit.allows()
+    fail(circuit)
+    assert circuit.is_open
+    assert not circuit.allows()
+
+
+def test_one_request_tries_whether_it_is_back() -> None:
+    """After the break one goes and the others wait for it; each failure doubles the break, up to the longest."""
+    clock = Clock()
+    circuit = Circuit(clock=clock)
+    fail(circuit, TRIPS_AFTER)
+    for break_s in (1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0):
+        assert circuit.wait_s == break_s == circuit.break_s
+        clock.now += break_s
+        assert circuit.allows()
+        circuit.begin()
+        assert not circuit.allows()
+        circuit.end(Outcome.DOWN)
+    clock.now += 30.0
+    circuit.begin()
+    circuit.end(Outcome.SUCCEEDED)
+    assert circuit.allows()
+    assert not circuit.is_open
+
+
+def test_requests_that_were_under_way_do_not_lengthen_the_break() -> None:
+    """A server that dies under 256 requests has failed once; a trial that is given up leaves its place to another."""
+    clock = Clock()
+    circuit = Circuit(clock=clock)
+    for _ in range(256):
+        circuit.begin()
+    for _ in range(256):
+        circuit.end(Outcome.DOWN)
+    assert circuit.break_s == FIRST_BREAK_S
+    clock.now += FIRST_BREAK_S
+    circuit.begin()
+    circuit.end(Outcome.ABANDONED)
+    assert circuit.allows()
+
+
+def test_who_waits_for_a_broken_circuit_goes_on_when_it_closes() -> None:
+    """One request at a time until one succeeds, then all."""
+
+    async def run() -> tuple[int, int]:
+        clock = Clock()
+        queue = RequestQueue(AdaptiveLimit(8), Circuit(clock=clock))
+        begun = [await queue.begin() for _ in range(TRIPS_AFTER)]
+        for one in begun:
+            queue.end(one, Outcome.DOWN)
+        assert queue.begin_now() is None
+        waiting = [asyncio.ensure_future(queue.begin()) for _ in range(6)]
+        await asyncio.sleep(0)
+        assert queue.limit.in_flight == 0
+        clock.now += FIRST_BREAK_S
+        trial = queue.begin_now()
+        assert trial is None, "those who waited come first"
+        waiting.append(asyncio.ensure_future(queue.begin()))
+        await asyncio.sleep(0)
+        num_tried = queue.limit.in_flight
+        queue.end(await waiting[0], Outcome.SUCCEEDED)
+        await asyncio.gather(*waiting)
+        return num_tried, queue.limit.in_flight
+
+    assert asyncio.run(run()) == (1, 6)

@@ -1,0 +1,126 @@
+"""An expert whose endpoint fails: the answer ends, or goes on without it. Real llama.cpp servers behind a proxy."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from mope_bb import Answer, ServerError, open_session
+from mope_bb.config import Config, parse_config
+from mope_bb.zoo.serving import ZooServer
+from tests.proxy import Proxy, running
+
+NAMES = ("base", "concise", "friendly", "technical")
+
+
+@pytest.fixture
+def proxy(nano_experts: ZooServer) -> Iterator[Proxy]:
+    """In front of "friendly" and the base."""
+    with running(Proxy({name: nano_experts.base_urls[name] for name in ("friendly", "base")})) as found:
+        yield found
+
+
+def config_of(server: ZooServer, proxy: Proxy, *, policy: str = "drop", mode: str = "lockstep") -> Config:
+    """Experts at their own addresses, those of the proxy at the proxy's, tried twice."""
+    data = server.config_data()
+    experts = [
+        {**one, "max_retries": 1, **({"base_url": proxy.url(one["name"])} if one["name"] in proxy.targets else {})}
+        for one in data["experts"]
+        if one["name"] in NAMES
+    ]
+    dimensions = {name: data["dimensions"][name] for name in NAMES[1:]}
+    decoding = {"mode": mode, "on_expert_failure": policy}
+    return parse_config(
+        {"experts": experts, "dimensions": dimensions, "decoding": decoding, "cache": {"enabled": False}}
+    )
+
+
+def answer_with_a_death(
+    config: Config, proxy: Proxy, *, after: int, preference: dict[str, float], **options: Any
+) -> Answer:
+    """An answer during which the proxy's servers begin to fail after some tokens."""
+
+    async def run() -> Answer:
+        async with open_session(config) as session:
+            stream = session.stream("How do I fix a bike?", preference=preference, max_tokens=24, **options)
+            if after == 0:
+                proxy.fault_rate = 1.0
+            async for _ in stream:
+                if len(stream.answer.steps) == after:
+                    proxy.fault_rate = 1.0
+            return stream.answer
+
+    return asyncio.run(run())
+
+
+@pytest.mark.parametrize("mode", ["lockstep", "draft", "auto"])
+def test_an_answer_goes_on_without_the_expert_that_failed(
+    nano_experts: ZooServer, proxy: Proxy, caplog: pytest.LogCaptureFixture, mode: str
+) -> None:
+    """With a warning, and with the other weights grown in proportion."""
+    proxy.faults = ("500",)
+    config = config_of(nano_experts, proxy, mode=mode)
+    preference = {"concise": 0.3, "friendly": 0.6, "technical": 0.1}
+    with caplog.at_level(logging.WARNING):
+        answer = answer_with_a_death(config, proxy, after=2, preference=preference)
+    assert answer.dropped == ("friendly",)
+    assert "friendly" in answer.steps[0].experts
+    assert set(answer.steps[-1].experts) == {"concise", "technical"}
+    assert dict(zip(answer.steps[-1].experts, answer.steps[-1].weights, strict=True)) == pytest.approx(
+        {"concise": 0.75, "technical": 0.25}
+    )
+    assert "the answer goes on without this expert" in caplog.text
+
+
+def test_an_expert_that_is_dead_from_the_start_is_left_out(nano_experts: ZooServer, proxy: Proxy) -> None:
+    """Also where not even its tokenizer can be asked for; who was the only one cannot be left out."""
+    proxy.targets = dict.fromkeys(proxy.targets, "http://127.0.0.1:9")  # nobody listens there: 502
+    config = config_of(nano_experts, proxy)
+    answer = answer_with_a_death(config, proxy, after=1000, preference={"concise": 0.5, "friendly": 0.5})
+    assert answer.dropped == ("friendly",)
+    assert {step.experts for step in answer.steps} == {("concise",)}
+    with pytest.raises(ServerError):
+        answer_with_a_death(config, proxy, after=1000, preference={"friendly": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("policy", "merge"),
+    [("end", "linear"), ("drop", "product")],
+    ids=["not allowed", "the base of the product"],
+)
+def test_an_answer_ends_where_the_expert_cannot_be_left_out(
+    nano_experts: ZooServer, proxy: Proxy, policy: str, merge: str
+) -> None:
+    """With the endpoint's own error; what was said before stays."""
+    proxy.faults = ("500",)
+    if merge == "product":
+        proxy.targets = {"base": proxy.targets["base"], "friendly": proxy.targets["friendly"]}
+    config = config_of(nano_experts, proxy, policy=policy)
+    preference = {"concise": 0.5, "technical": 0.5} if merge == "product" else {"concise": 0.5, "friendly": 0.5}
+    with pytest.raises(ServerError, match="500"):
+        answer_with_a_death(config, proxy, after=3, preference=preference, merge=merge)
+
+
+def test_the_next_answer_does_not_wait_for_what_is_down(nano_experts: ZooServer, proxy: Proxy) -> None:
+    """Once the circuit is open the expert is left out before anything is asked, until it is time to try it again."""
+    proxy.faults = ("500",)
+
+    async def run() -> tuple[list[tuple[str, ...]], int]:
+        async with open_session(config_of(nano_experts, proxy)) as session:
+            preference = {"concise": 0.5, "friendly": 0.5}
+            proxy.fault_rate = 1.0
+            dropped = []
+            # Two tries each: the third answer opens the circuit.
+            for _ in range(3):
+                dropped.append((await session.complete("hello", preference=preference, max_tokens=2)).dropped)
+            num_asked = proxy.num_requests
+            dropped.append((await session.complete("hello", preference=preference, max_tokens=2)).dropped)
+            return dropped, proxy.num_requests - num_asked
+
+    dropped, num_asked = asyncio.run(run())
+    assert dropped == [("friendly",)] * 4
+    assert num_asked == 0
