@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 
 @contextmanager
 def usage_shown(account: Account, cache_hits: Callable[[], int]) -> Iterator[None]:
-    """One line on standard error at the end, unless no endpoint and no cache took part."""
+    """One line on standard error at the end, if any endpoint has told of tokens or the cache has answered."""
     from mope_bb.usage import describe_usage
 
     try:
         yield
     finally:
-        if account.total.num_calls or cache_hits():
+        if account.total.num_told or cache_hits():
             click.echo(describe_usage(account, cache_hits=cache_hits()), err=True)

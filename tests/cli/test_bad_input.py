@@ -127,11 +127,13 @@ def test_server_without_logprobs(mope: Run, stand_in: StandIn) -> None:
 
 
 def test_failure_in_mid_answer(mope: Run, stand_in: StandIn) -> None:
-    """What came before stays on its own line."""
+    """What came before stays on its own line, and what it cost is told."""
     stand_in.breaks_after = 2
     result = mope("chat", "-c", stand_in.config, "--once", "hi")
     assert result.out == "ok\n"
-    assert [line.split(":")[0] for line in result.err.splitlines()] == ["error", "hint"]
+    cost, *failure = result.err.splitlines()
+    assert "tokens read" in cost
+    assert [line.split(":")[0] for line in failure] == ["error", "hint"]
     assert result.status == PROVIDER
 
 

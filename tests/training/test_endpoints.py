@@ -125,8 +125,10 @@ def test_it_trains_over_http(runs: Runs) -> None:
     assert all(metrics.num_dropped == 0 and metrics.staleness_max <= 2 for metrics in found)
     assert sum(metrics.num_requests for metrics in found) >= runs.proxy.num_requests > 0
     asked = sum(runs.proxy.questions.values()) - len(PROMPTS) * config.train.max_tokens
-    # Answers to the prompts' references are at most max_tokens long; nothing else comes on top.
-    assert asked <= runs.needed(config) <= asked + len(PROMPTS) * config.train.max_tokens
+    # Answers to the prompts' references are at most max_tokens long; nothing else comes on top. What two answers ask at
+    # the same time is asked once.
+    assert asked <= runs.needed(config)
+    assert len(runs.proxy.questions) > 0.3 * runs.needed(config)
     assert load_pcm(str(runs.path / "run" / "checkpoints" / "last")).policy_version == 3
 
 
@@ -252,7 +254,8 @@ def test_a_kill_costs_at_most_what_was_under_way(runs: Runs) -> None:
     asked, options = sum(runs.proxy.questions.values()), config.train
     references = len(PROMPTS) * options.max_tokens
     under_way = options.max_in_flight * options.max_tokens * len(NAMES)
-    assert runs.needed(config) < asked <= runs.needed(config) + num_kills * under_way + references
+    # What several answers ask at the same time is asked once.
+    assert 0.5 * runs.needed(config) < asked <= runs.needed(config) + num_kills * under_way + references
     with sqlite3.connect(runs.path / "run" / "ledger.sqlite3") as database:
         assert database.execute("SELECT COUNT(*), COUNT(step) FROM pairs").fetchone() == (16, 16)
         again = database.execute("SELECT COUNT(*) FROM pairs WHERE num_dispatches > 1").fetchone()[0]
