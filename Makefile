@@ -59,6 +59,7 @@ evidence: $(STAMP)
 	$(BIN)/python -m tests.evidence_training
 	$(BIN)/python -m tests.evidence_async
 	$(BIN)/python -m tests.evidence_speed
+	$(BIN)/python -m tests.evidence_faults
 
 # Tests against the real vLLM on CPU and `transformers serve`, in an environment of their own (3 GB).
 .PHONY: engines

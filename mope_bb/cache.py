@@ -1,8 +1,33 @@
-"""Next-token distributions on disk: diskcache without pickle, without eviction.
+"""Next-token distributions on disk, for many processes at a time.
 
-What identifies a distribution: the model (its `identity`, else provider, address and served name), the prompt's ids
-(or its text), the length of the list, and the version of this format. What does not: deadlines, retries, keys, who
-asked. Only distributions are kept, never sampled pieces, so that two answers drawn from one cache stay independent.
+What identifies a distribution, so that a change of it is another key:
+
+- the model: its expert's `identity`, else `base_url` and `model`; the `provider`, since adapters read lists in their
+  own ways; of a chat API also `extra_body`;
+- the tokenizer, with its chat template and end tokens, where it is known here;
+- the prompt with the answer so far: token ids, or messages and text where the endpoint takes those. The expert's system
+  prompt is a part of it;
+- `top_k`;
+- `FORMAT`: how entries are written, and what adapters ask and make of a reply. Who changes either raises it.
+
+What does not: deadlines, retries, limits of requests in flight and of prompts in one, the variable with the key,
+prices, an expert's name, dimension and place among the others, preference, merge rule, PCM, temperature. What nobody
+can see from here is that other weights are served at the same address under the same name: that is what `identity` is
+for.
+
+What is kept is a distribution that an endpoint gave: never an error, and never a sampled piece, so that two answers
+drawn from one cache stay independent. One with `is_guess` is kept as such: it says which piece the endpoint calls its
+most probable one, which asking again would say again, and its unseen mass stays 1.
+
+No bad day costs an answer, and nothing is deleted unless `mope-bb cache` is told to:
+
+- another process writes: tried again for `cache_file.WAIT_S` seconds, then that batch is not kept;
+- the disk is full, or the cache is at its limit: what is there is read, and nothing more is written;
+- the file breaks while it is used: answers go on without it;
+- an entry is damaged: it is asked for again, and written anew.
+
+The first three are told once each, and it is tried again after `REST_S` seconds. A file that is found broken when it is
+opened, or is no cache of this format, is a ConfigError that says what to do.
 """
 
 from __future__ import annotations
@@ -10,63 +35,47 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import math
 import sqlite3
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Final
+from typing import Final, TypeVar
 
-import diskcache
 import orjson
 
+from mope_bb.cache_file import CacheFile, explain, is_passing
 from mope_bb.config import CacheConfig, resolve_home
 from mope_bb.errors import ConfigError
 from mope_bb.types import Piece, TokenDistribution
 
-FORMAT: Final = 2
-_SIZE_CHECK_INTERVAL: Final = 256
+T = TypeVar("T")
+FORMAT: Final = 3
+REST_S: Final = 60.0
+"""How long nothing is tried after a failure, so that a cache that cannot be used costs no time either."""
+CHECKSUM_BYTES: Final = 8
 _log = logging.getLogger(__name__)
 
 
-class BytesDisk(diskcache.Disk):  # type: ignore[misc]  # diskcache has no types
-    """A `Disk` that stores `str` keys and `bytes` values only: it neither pickles nor unpickles (CVE-2025-69872)."""
-
-    def put(self, key: Any) -> Any:
-        if not isinstance(key, str):
-            raise TypeError(f"the cache takes str keys, got {type(key).__name__}")
-        return super().put(key)
-
-    def get(self, key: Any, raw: Any) -> Any:
-        if not raw:
-            raise ValueError("the cache holds a pickled key, which is not read")
-        return super().get(key, raw)
-
-    def store(self, value: Any, read: Any, key: Any = diskcache.UNKNOWN) -> Any:
-        if read or not isinstance(value, bytes):
-            raise TypeError(f"the cache takes bytes values, got {type(value).__name__}")
-        return super().store(value, read, key=key)
-
-    def fetch(self, mode: Any, filename: Any, value: Any, read: Any) -> Any:
-        if mode not in (diskcache.core.MODE_RAW, diskcache.core.MODE_BINARY) or read:
-            raise ValueError(f"the cache holds a value of mode {mode!r}, which is not read")
-        return super().fetch(mode, filename, value, read)
-
-
 class DistributionCache:
-    """Distributions by key. A damaged entry is a miss; a full cache stops growing and says so once."""
+    """Distributions by key, in a folder. See the module's first lines for what may go wrong."""
 
     def __init__(self, path: Path, *, max_bytes: int) -> None:
+        """Open the cache in the folder `path`, made if need be, which grows up to `max_bytes`. Raises ConfigError."""
+
+        def connect() -> CacheFile:
+            return CacheFile(path, version=FORMAT, max_bytes=max_bytes, creates=True)
+
         try:
-            path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            path.chmod(0o700)
-            self._cache = diskcache.Cache(str(path), disk=BytesDisk, eviction_policy="none", size_limit=2**62)
-        except (OSError, sqlite3.Error, ValueError) as error:
-            raise ConfigError(
-                f"the cache {str(path)!r} cannot be opened: {error}", hint="Set [cache] path, or enabled = false."
-            ) from None
-        self._path = path
-        self._max_bytes = max_bytes
-        self._full = self._cache.volume() >= max_bytes
-        self._num_unchecked = 0
+            connect().close()
+        except (OSError, sqlite3.Error) as error:
+            if not is_passing(error):
+                raise explain(path, error) from None
+        # Who reads never waits for who writes.
+        self._reading = _Access(connect, f"the cache {path} cannot be read")
+        self._writing = _Access(connect, f"the cache {path} cannot be written (its limit is {max_bytes} bytes)")
+        self._num_damaged = 0
         self.num_hits = 0
         self.num_misses = 0
 
@@ -76,69 +85,125 @@ class DistributionCache:
 
     async def get_many(self, keys: Sequence[str]) -> list[TokenDistribution | None]:
         """What is stored under each of `keys`, in one go."""
-        found = await asyncio.to_thread(lambda: [self._read(key) for key in keys])
+        nothing: list[TokenDistribution | None] = [None] * len(keys)
+        found = await self._reading.use(lambda file: [self._read(file, key) for key in keys], nothing)
         num_known = sum(one is not None for one in found)
         self.num_hits += num_known
         self.num_misses += len(keys) - num_known
         return found
 
     async def put(self, key: str, distribution: TokenDistribution) -> None:
-        """Store `distribution` unless the cache is full."""
+        """Store `distribution`; when this returns it is committed, or a warning says why not."""
         await self.put_many([(key, distribution)])
 
     async def put_many(self, entries: Sequence[tuple[str, TokenDistribution]]) -> None:
-        """Store distributions under their keys, in one go, unless the cache is full."""
-        if not self._full:
-            await asyncio.to_thread(
-                self._write, [(key, encode_distribution(distribution)) for key, distribution in entries]
-            )
+        """Store distributions under their keys, all or none of them."""
 
-    def _read(self, key: str) -> TokenDistribution | None:
+        def write(file: CacheFile) -> None:
+            file.put_many([(key, seal_entry(key, distribution)) for key, distribution in entries])
+
+        await self._writing.use(write, None)
+
+    def _read(self, file: CacheFile, key: str) -> TokenDistribution | None:
         try:
-            data = self._cache.get(key)
-            return None if data is None else decode_distribution(data)
-        except (ValueError, OSError, sqlite3.Error) as error:
-            _log.warning("cache entry %s is damaged and will be asked for again: %s", key[:12], error)
+            sealed = file.get(key)
+            return None if sealed is None else open_entry(key, sealed)
+        except ValueError as error:
+            self._num_damaged += 1
+            _log.log(
+                logging.WARNING if self._num_damaged == 1 else logging.DEBUG,
+                "cache entry %s is damaged and will be asked for again, as all such: %s",
+                key[:12],
+                error,
+            )
             return None
 
-    def _write(self, entries: Sequence[tuple[str, bytes]]) -> None:
-        try:
-            with self._cache.transact():
-                for key, data in entries:
-                    self._cache.set(key, data)
-            self._num_unchecked += len(entries)
-            if self._num_unchecked >= _SIZE_CHECK_INTERVAL:
-                self._num_unchecked = 0
-                self._check_size()
-        except (OSError, sqlite3.Error, diskcache.Timeout) as error:
-            # A cache that cannot be written must not cost the answer.
-            self._full = True
-            _log.warning("the cache %s cannot be written, no more is tried: %s", self._path, error)
+    def close(self) -> None:
+        """Close the connections of this process; what is asked or put later is a miss, or not kept."""
+        self._reading.close()
+        self._writing.close()
 
-    def _check_size(self) -> None:
-        if not self._full and self._cache.volume() >= self._max_bytes:
-            self._full = True
-            _log.warning(
-                "the cache %s has reached its limit of %d bytes: no more is written", self._path, self._max_bytes
-            )
+
+class _Access:
+    """A thread with a connection of its own. What goes wrong is told once and is no error of the caller."""
+
+    def __init__(self, connect: Callable[[], CacheFile], complaint: str) -> None:
+        self._connect = connect
+        self._complaint = complaint
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="cache")
+        self._file: CacheFile | None = None
+        self._rests_until = -math.inf
+        self._is_closed = False
+        self._told: set[str] = set()
+
+    async def use(self, action: Callable[[CacheFile], T], otherwise: T) -> T:
+        """What `action` makes of the file; `otherwise` where the file cannot be used."""
+        if self._is_closed or self._rests():
+            return otherwise
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._use, action, otherwise)
+
+    def _rests(self) -> bool:
+        return time.monotonic() < self._rests_until
+
+    def _use(self, action: Callable[[CacheFile], T], otherwise: T) -> T:
+        if self._rests():  # since what stood before this in the queue
+            return otherwise
+        try:
+            if self._file is None:
+                self._file = self._connect()
+            return action(self._file)
+        except (OSError, sqlite3.Error, ConfigError) as error:
+            self._disconnect()
+            self._rests_until = time.monotonic() + REST_S
+            if str(error) not in self._told:
+                self._told.add(str(error))
+                _log.warning("%s: %s. Answers go on without it.", self._complaint, error)
+            return otherwise
+
+    def _disconnect(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
     def close(self) -> None:
-        """Close the database of this process."""
-        self._cache.close()
+        if not self._is_closed:
+            self._is_closed = True
+            self._thread.submit(self._disconnect)
+            self._thread.shutdown()
+
+
+def cache_folder(config: CacheConfig) -> Path:
+    """Where the cache is that `config` describes."""
+    return Path(config.path).expanduser() if config.path else resolve_home() / "distributions"
 
 
 def open_cache(config: CacheConfig) -> DistributionCache | None:
     """The cache that `config` describes; None where it is switched off. Raises ConfigError."""
-    if not config.enabled:
-        return None
-    path = Path(config.path) if config.path else resolve_home() / "distributions"
-    return DistributionCache(path, max_bytes=config.max_bytes)
+    return DistributionCache(cache_folder(config), max_bytes=config.max_bytes) if config.enabled else None
 
 
 def distribution_key(identity: Sequence[str], prompt: Sequence[int] | str, top_k: int) -> str:
     """The cache key of one next-token question; see the module's first lines."""
     document = orjson.dumps([FORMAT, list(identity), prompt if isinstance(prompt, str) else list(prompt), top_k])
     return hashlib.sha256(document).hexdigest()
+
+
+def seal_entry(key: str, distribution: TokenDistribution) -> bytes:
+    """What is stored under `key`: a checksum of key and content, which a disk's bit or a row's wrong key breaks."""
+    data = encode_distribution(distribution)
+    return _checksum(key, data) + data
+
+
+def open_entry(key: str, sealed: bytes) -> TokenDistribution:
+    """The inverse of `seal_entry`. Raises ValueError for anything that it would not have written under `key`."""
+    data = sealed[CHECKSUM_BYTES:]
+    if sealed[:CHECKSUM_BYTES] != _checksum(key, data):
+        raise ValueError("the checksum does not fit")
+    return decode_distribution(data)
+
+
+def _checksum(key: str, data: bytes) -> bytes:
+    return hashlib.blake2b(key.encode() + data, digest_size=CHECKSUM_BYTES).digest()
 
 
 def encode_distribution(distribution: TokenDistribution) -> bytes:
@@ -164,9 +229,12 @@ def decode_distribution(data: bytes) -> TokenDistribution:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"not a stored distribution: {error!r}") from None
     sound = (
-        0 < len(pieces) == len(logprobs) == len({piece.key for piece in pieces})
-        and all(piece.token_id is None or type(piece.token_id) is int for piece in pieces)
-        and all(type(value) is float and value <= 0.0 for value in logprobs)
+        all(
+            piece.token_id is None or (type(piece.token_id) is int and -1 <= piece.token_id < 2**63)  # -1: END
+            for piece in pieces
+        )
+        and 0 < len(pieces) == len(logprobs) == len({piece.key for piece in pieces})
+        and all(type(value) is float and -math.inf < value <= 0.0 for value in logprobs)
         and list(logprobs) == sorted(logprobs, reverse=True)
         and (vocab_size is None or type(vocab_size) is int)
         and type(is_guess) is bool

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, Final
 
 from mope_bb.errors import ConfigError, RequestError
+from mope_bb.failures import shown
 from mope_bb.types import END, Message, Piece
 
 FINGERPRINT_TEXTS: Final = (
@@ -34,18 +38,52 @@ class ChatTokenizer:
         self.end_ids: frozenset[int] = frozenset(ends)
 
     def encode_chat(self, messages: Sequence[Message], *, expert: str | None = None) -> tuple[int, ...]:
-        """The ids of the rendered template, ready for the answer. Raises RequestError for a control token."""
+        """The ids of the rendered template, ready for the answer. Raises RequestError, as `render_chat` does."""
         rendered = self.render_chat(messages, expert=expert)
         return tuple(self._tokenizer.encode(rendered, add_special_tokens=False, verbose=False))
 
     def render_chat(self, messages: Sequence[Message], *, expert: str | None = None) -> str:
-        """The rendered template as text, ready for the answer. Raises RequestError for a control token."""
+        """The rendered template as text, ready for the answer.
+
+        Raises RequestError for a control token, and for a conversation that the template refuses.
+        """
+        refuse_control_token(self.control_token_in_chat(messages), expert=expert)
+        return self._render(messages)
+
+    def control_token_in_chat(self, messages: Sequence[Message], *, is_answered: bool = False) -> str | None:
+        """A control token that a message spells out, or that only comes about where the template joins several.
+
+        `is_answered`: the last message is the answer, and none is to follow. Raises RequestError for a conversation
+        that cannot be sent, or that the template refuses.
+        """
         for message in messages:
-            refuse_control_token(self.control_token_in(message.content), expert=expert)
-        rendered: str = self._tokenizer.apply_chat_template(
-            [as_openai(message) for message in messages], tokenize=False, add_generation_prompt=True
+            for text in texts_of(message):
+                if not _is_unicode(text):
+                    raise RequestError("a message holds half of a surrogate pair, which is no text and cannot be sent")
+                if (found := self.control_token_in(text)) is not None:
+                    return found
+        harmless = [replace(message, content="a" if message.content.strip() else "") for message in messages]
+        rendered, expected = (
+            self._controls_in(self._render(one, is_answered=is_answered)) for one in (messages, harmless)
         )
+        return next(iter((rendered - expected) + (expected - rendered)), None)
+
+    def _render(self, messages: Sequence[Message], *, is_answered: bool = False) -> str:
+        try:
+            rendered: str = self._tokenizer.apply_chat_template(
+                [as_openai(message) for message in messages], tokenize=False, add_generation_prompt=not is_answered
+            )
+        except Exception as error:  # noqa: BLE001  # templates raise what they like, such as "no system role"
+            raise RequestError(
+                f"the chat template of {self._source!r} refuses this conversation: {_first_line(error)}"
+            ) from None
         return rendered
+
+    def _controls_in(self, text: str) -> Counter[str]:
+        """How often each control token comes about when `text` is read."""
+        names = self._names_of_controls
+        ids = self._tokenizer.encode(text, add_special_tokens=False, verbose=False)
+        return Counter(names[token_id] for token_id in ids if token_id in names)
 
     @property
     def bos_text(self) -> str:
@@ -57,8 +95,11 @@ class ChatTokenizer:
         return tuple(self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True, verbose=False))
 
     def control_token_in(self, text: str) -> str | None:
-        """A control token that `text` spells out, if any."""
-        return next((token for token in self._control_tokens if token in text), None)
+        """A control token that `text` spells out, if any; also by what the tokenizer makes of other characters."""
+        found = next((token for token in self._control_tokens if token in text), None)
+        if found is not None or self._tokenizer.backend_tokenizer.normalizer is None:
+            return found
+        return next(iter(self._controls_in(text)), None)
 
     @cached_property
     def _control_tokens(self) -> tuple[str, ...]:
@@ -103,6 +144,12 @@ class ChatTokenizer:
         return {token.content: token_id for token_id, token in added if token.special}
 
     @cached_property
+    def _names_of_controls(self) -> dict[int, str]:
+        # What a vocabulary has no word for is no control token, though its place is taken by one.
+        unknown = self._tokenizer.unk_token_id
+        return {token_id: name for name, token_id in self._ids_of_controls.items() if token_id != unknown}
+
+    @cached_property
     def _pieces_by_bytes(self) -> dict[bytes, Piece]:
         found: dict[bytes, Piece] = {}
         twice: set[bytes] = set()
@@ -119,6 +166,12 @@ class ChatTokenizer:
         }
 
     @cached_property
+    def identity(self) -> str:
+        """A hash of all that decides what is asked of a model and how the pieces of its lists are told apart."""
+        facts = [self.fingerprint, self._tokenizer.chat_template, sorted(self.end_ids), len(self._tokenizer)]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+    @cached_property
     def fingerprint(self) -> str:
         """See `fingerprint_of`."""
         return fingerprint_of([self.encode_text(text) for text in FINGERPRINT_TEXTS])
@@ -129,7 +182,7 @@ def load_chat_tokenizer(path: str) -> ChatTokenizer:
     from transformers import AutoTokenizer, GenerationConfig
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # noqa: BLE001  # transformers raises whatever its parsers raise
         raise ConfigError(f"the tokenizer {path!r} cannot be loaded: {_first_line(error)}") from None
     if not getattr(tokenizer, "is_fast", False):
@@ -138,7 +191,9 @@ def load_chat_tokenizer(path: str) -> ChatTokenizer:
         eos = GenerationConfig.from_pretrained(path).eos_token_id
     except OSError:
         eos = None
-    ends = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+    ends = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    if not all(type(one) is int for one in ends):
+        raise ConfigError(f"the generation_config of {path!r} has eos_token_id = {shown(eos)}, expected token ids")
     return ChatTokenizer(tokenizer, source=path, extra_end_ids=ends)
 
 
@@ -157,14 +212,33 @@ def refuse_control_token(token: str | None, *, expert: str | None) -> None:
         )
 
 
+def texts_of(message: Message) -> Iterator[str]:
+    """Every text in a message that a template may write out, as the template gets it. Raises RequestError."""
+    waiting: list[Any] = [as_openai(message)]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, dict):
+            waiting += [*value, *value.values()]
+        elif isinstance(value, list):
+            waiting += value
+
+
 def as_openai(message: Message) -> dict[str, Any]:
-    """`message` as the dictionary that chat templates and endpoints take."""
+    """`message` as the dictionary that chat templates and endpoints take. Raises RequestError."""
     found: dict[str, Any] = {"role": message.role, "content": message.content}
     if message.tool_calls:
-        found["tool_calls"] = [json.loads(call) for call in message.tool_calls]
+        try:
+            found["tool_calls"] = [json.loads(call) for call in message.tool_calls]
+        except (ValueError, RecursionError):
+            raise RequestError("a tool call of a message is not JSON") from None
     if message.tool_call_id is not None:
         found["tool_call_id"] = message.tool_call_id
     return found
+
+
+_BYTE_FALLBACK: Final = re.compile("<0x[0-9A-Fa-f]{2}>")
 
 
 def _byte_level_alphabet() -> dict[str, int]:
@@ -182,13 +256,21 @@ def _byte_level_bytes(token: str) -> bytes:
 
 
 def _is_byte_fallback(token: str | None) -> bool:
-    return token is not None and len(token) == 6 and token.startswith("<0x") and token.endswith(">")
+    return token is not None and _BYTE_FALLBACK.fullmatch(token) is not None
 
 
 def _sentencepiece_bytes(token: str) -> bytes:
     if _is_byte_fallback(token):
         return bytes([int(token[3:5], 16)])
     return token.replace("\u2581", " ").encode()
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _first_line(error: Exception) -> str:

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from mope_bb.errors import ConfigError
+from mope_bb.keys import keep_password, redacted
 from mope_bb.preferences import Roster
 
 MergeRuleName = Literal["linear", "geometric", "product"]
@@ -20,6 +21,9 @@ Name = Annotated[str, Field(pattern=r"^[\w.:/-]+$")]
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    def __repr__(self) -> str:
+        return redacted(super().__repr__())
 
 
 class ExpertConfig(_Section):
@@ -72,6 +76,8 @@ class ExpertConfig(_Section):
 
     @model_validator(mode="after")
     def _check_addresses(self) -> Self:
+        for url in self.addresses:
+            keep_password(url)
         if self.base_url == ():
             raise ValueError("`base_url` is an empty list")
         if len({url.rstrip("/") for url in self.addresses}) < len(self.addresses):
@@ -141,6 +147,7 @@ class RewardConfig(_Section):
 
     @model_validator(mode="after")
     def _check_kind(self) -> Self:
+        keep_password(self.base_url or "")
         known = _REWARD_SETTINGS[self.kind]
         if missing := [name for name, is_needed in known.items() if is_needed and getattr(self, name) is None]:
             raise ValueError(f"a reward of kind {self.kind!r} needs `{missing[0]}`")
@@ -384,7 +391,7 @@ def load_config(path: str | os.PathLike[str]) -> Config:
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"the configuration file {str(path)!r} cannot be read: {error}") from None
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError, ValueError) as error:  # also numbers of thousands of digits
         raise ConfigError(f"{str(path)!r} is not valid TOML: {error}", hint="Look at the line named above.") from None
     return parse_config(data, source=str(path), directory=file.resolve().parent)
 

@@ -32,7 +32,12 @@ class, so that the retry layer asks the error and keeps no list of its own.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Final
+
+from mope_bb.keys import redacted
+
+MAX_MESSAGE: Final = 1_000
+"""Characters: messages quote what others wrote, which may be of any length."""
 
 
 class MopeError(Exception):
@@ -43,9 +48,9 @@ class MopeError(Exception):
     default_hint: ClassVar[str | None] = None
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
-        super().__init__(message)
-        self.message = message
-        self.hint = hint if hint is not None else self.default_hint
+        self.message = _readable(redacted(message))
+        super().__init__(self.message)
+        self.hint = self.default_hint if hint is None else _readable(redacted(hint))
 
     def __str__(self) -> str:
         return self.message
@@ -54,6 +59,13 @@ class MopeError(Exception):
     def in_words(self) -> str:
         """The message and what to do, as sentences."""
         return f"{str(self).removesuffix('.')}." + (f" {self.hint}" if self.hint else "")
+
+
+def _readable(text: str) -> str:
+    """`text` cut off where it is very long, without what a terminal would obey instead of showing it."""
+    if len(text) > MAX_MESSAGE:
+        text = f"{text[:MAX_MESSAGE]} ..."
+    return "".join(char if char.isprintable() or char == "\n" else "\ufffd" for char in text)
 
 
 class ConfigError(MopeError, ValueError):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import email.utils
 import re
+import reprlib
 import time
 from collections.abc import Callable, Mapping
 from typing import Final
@@ -30,6 +31,13 @@ from mope_bb.errors import (
     ServerError,
     TopKError,
 )
+from mope_bb.keys import redacted
+
+
+class _Short(reprlib.Repr):
+    def repr_str(self, x: str, level: int) -> str:
+        return super().repr_str(redacted(x), level)
+
 
 _CONTEXT = re.compile(
     r"maximum context length|context length|exceeds? the available context|longer than the (model|maximum)"
@@ -60,6 +68,8 @@ _NO_MODEL = re.compile(
     r"|invalid model",
     re.IGNORECASE | re.DOTALL,
 )
+_SHORT: Final = _Short()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 4, 100, 200
 _NO_QUOTA = re.compile(r"insufficient_quota")
 _KIND_OF_STATUS: Final[dict[int, type[ProviderError]]] = {
     401: AuthenticationError,
@@ -79,7 +89,7 @@ _HINT_OF_STATUS: Final = {
 
 def map_aiohttp_error(error: aiohttp.ClientError, url: str) -> tuple[type[ProviderError], str]:
     """Which of our errors a failure of aiohttp is, and its message."""
-    what = " ".join(str(error).split())[:200] or type(error).__name__
+    what = readable(str(error), 200) or type(error).__name__
     if isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError):
         return ProviderConnectionError, f"no connection to {url}: {what}"
     if isinstance(error, aiohttp.ServerTimeoutError):
@@ -93,7 +103,7 @@ def map_aiohttp_error(error: aiohttp.ClientError, url: str) -> tuple[type[Provid
 
 def map_httpx_error(error: httpx.HTTPError, url: str) -> tuple[type[ProviderError], str]:
     """Which of our errors a failure of httpx is, and its message."""
-    what = str(error) or type(error).__name__
+    what = readable(str(error), 200) or type(error).__name__
     if isinstance(error, httpx.ConnectTimeout | httpx.ConnectError):
         return ProviderConnectionError, f"no connection to {url}: {what}"
     if isinstance(error, httpx.TimeoutException):
@@ -144,10 +154,9 @@ def parse_retry_after(headers: Mapping[str, str], now: Callable[[], float] = tim
     if (seconds := _number(value)) is not None:
         return max(0.0, seconds)
     try:
-        date = email.utils.parsedate_to_datetime(value)
-    except ValueError:
+        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - now())
+    except (ValueError, OverflowError):  # no date, or one that no clock reaches
         return None
-    return max(0.0, date.timestamp() - now())
 
 
 def _number(text: str | None) -> float | None:
@@ -169,9 +178,21 @@ def server_message(body: bytes) -> str:
     metadata = inner.get("metadata") if isinstance(inner, dict) else None
     # OpenRouter's own message is "Provider returned error"; what the provider said stands here.
     raw = metadata.get("raw") if isinstance(metadata, dict) else None
-    return str(message)[:300] + (f": {raw}"[:300] if raw else "")
+    return ": ".join(readable(one) if isinstance(one, str) else shown(one) for one in (message, raw) if one)
 
 
 def excerpt(body: bytes) -> str:
     """The beginning of a body, on one line."""
-    return " ".join(body[:200].decode("utf-8", "replace").split())
+    return readable(body.decode("utf-8", "replace"), 200)
+
+
+def readable(text: str, limit: int = 300) -> str:
+    """The beginning of a text of others on one line, without what a terminal would obey instead of showing it."""
+    # Redacted before it is cut: half a key is too much.
+    line = " ".join(redacted(text)[:limit].split())
+    return line if line.isprintable() else "".join(char if char.isprintable() else "\ufffd" for char in line)
+
+
+def shown(value: object) -> str:
+    """A value of others as Python writes it, cut off where it is long or deep."""
+    return _SHORT.repr(value)

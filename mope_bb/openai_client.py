@@ -22,8 +22,16 @@ from mope_bb.errors import (
     ProviderTimeoutError,
     RequestError,
 )
+from mope_bb.keys import Key, redacted, redacted_body
 from mope_bb.limits import MAX_IN_FLIGHT
-from mope_bb.transport import CONNECT_TIMEOUT_S, Endpoint, ReplyTooLongError, build_client, read_limited
+from mope_bb.transport import (
+    CONNECT_TIMEOUT_S,
+    Endpoint,
+    ReplyTooLongError,
+    build_client,
+    read_limited,
+    split_credentials,
+)
 from mope_bb.usage import Meter
 
 OPENAI_URL: Final = "https://api.openai.com/v1"
@@ -32,8 +40,8 @@ _UNUSED_KEY: Final = "unused"
 """With a key, whichever, the SDK does not look for one in the environment; `_WholeReplies` sends our own."""
 _FORWARDED: Final = ("host", "content-type", "content-length")
 """What the SDK's requests keep of their headers."""
-_ENCODING: Final = ("content-encoding", "content-length", "transfer-encoding")
-"""What is no longer true of a reply that has been read."""
+_READ: Final = ("content-type", "retry-after", "retry-after-ms", "x-request-id")
+"""What is read of a reply's headers."""
 _KINDS: Final[tuple[tuple[type[Exception], type[ProviderError]], ...]] = (
     (openai.APITimeoutError, ProviderTimeoutError),
     (openai.APIConnectionError, ProviderConnectionError),
@@ -65,11 +73,12 @@ class _WholeReplies(httpx.AsyncClient):
         # The SDK asks for the whole reply (stream=False), of any length: it gets one that is read already.
         response = await super().send(sent, **{**options, "stream": True})
         try:
-            body = await read_limited(response)
+            body = redacted_body(await read_limited(response))
         finally:
             await response.aclose()
-        unpacked = [(name, value) for name, value in response.headers.multi_items() if name not in _ENCODING]
-        return httpx.Response(response.status_code, headers=unpacked, content=body, request=request)
+        # The SDK logs what it gets, and an endpoint may repeat the key in its headers.
+        kept_headers = {name: redacted(response.headers[name]) for name in _READ if name in response.headers}
+        return httpx.Response(response.status_code, headers=kept_headers, content=body, request=request)
 
 
 class OpenAIClient:
@@ -81,7 +90,7 @@ class OpenAIClient:
         *,
         provider: str,
         expert: str,
-        api_key: str | None = None,
+        api_key: Key | None = None,
         api_version: str | None = None,
         timeout_s: float = 60.0,
         attempt_timeout_s: float = 20.0,
@@ -96,7 +105,7 @@ class OpenAIClient:
         name of a deployment. Raises ConfigError for what is no URL.
         """
         self._endpoint = Endpoint(provider, expert, timeout_s, attempt_timeout_s, max_retries, max_in_flight)
-        headers = {} if not api_key else {"api-key": api_key} if api_version else {"authorization": f"Bearer {api_key}"}
+        base_url, headers = split_credentials(base_url, api_key, "api-key" if api_version else None)
         base_url = base_url.rstrip("/")
         self._url = f"{base_url}/chat/completions"
         self._http = build_client(base_url, headers, timeout_s, max_in_flight, transport, kind=_WholeReplies)

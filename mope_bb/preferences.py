@@ -33,8 +33,11 @@ class Preference:
     def of(cls, weights: Mapping[str, float]) -> Preference:
         """Normalise `weights`, dropping zeros. Raises PreferenceError for negative, non-finite or all-zero ones."""
         for name, weight in weights.items():
-            if isinstance(weight, str) or not math.isfinite(weight):
-                raise PreferenceError(f"the weight of {name!r} is {weight}, expected a finite number")
+            is_number = isinstance(weight, int | float)
+            # Beyond this a whole number does not fit into a float.
+            if not is_number or not -1e308 < weight < 1e308:
+                found = weight if is_number else type(weight).__name__
+                raise PreferenceError(f"the weight of {name!r} is {found}, expected a finite number")
             if weight < 0:
                 raise PreferenceError(
                     f"the weight of {name!r} is {weight:g}, expected 0 or more",
@@ -57,6 +60,10 @@ def parse_preference(text: str, presets: Mapping[str, Mapping[str, float]] | Non
     stripped = text.strip()
     if not stripped:
         raise PreferenceError("the preference is empty")
+    try:
+        stripped.encode()
+    except UnicodeEncodeError:
+        raise PreferenceError("the preference holds half of a surrogate pair, which is no text") from None
     if stripped.startswith("text:"):
         sentence = stripped.removeprefix("text:").strip()
         if not sentence:

@@ -347,16 +347,27 @@ def _parse_message(message: object) -> Message:
     elif not isinstance(message, Mapping):
         raise ConfigError(f"a message is {type(message).__name__}, expected a dictionary with role and content")
     else:
-        parsed = Message(str(message.get("role")), message.get("content") or "", (), message.get("tool_call_id"))
+        call = message.get("tool_call_id")
+        parsed = Message(
+            _text(message, "role"),
+            _text(message, "content") if message.get("content") else "",
+            (),
+            None if call is None else _text(message, "tool_call_id"),
+        )
     if parsed.role not in ROLES:
         raise ConfigError(f"a message has the role {parsed.role!r}", hint=f"Known: {', '.join(ROLES)}.")
-    if not isinstance(parsed.content, str):
-        raise ConfigError(f"the content of a message is {type(parsed.content).__name__}, expected text")
     try:
-        parsed.content.encode()
+        f"{parsed.content}{parsed.tool_call_id}".encode()
     except UnicodeEncodeError:
         raise ConfigError("a message holds half of a surrogate pair, which is no text") from None
     return parsed
+
+
+def _text(message: Mapping[Any, Any], name: str) -> str:
+    value = message.get(name)
+    if not isinstance(value, str):
+        raise ConfigError(f"the {name} of a message is {type(value).__name__}, expected text")
+    return value
 
 
 def _open_pcm(config: PcmConfig) -> PreferenceControlModel | None:

@@ -8,6 +8,7 @@ followed: an endpoint is the address that the user wrote.
 from __future__ import annotations
 
 import asyncio
+import base64
 import zlib
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ import httpx_aiohttp
 import orjson
 import tenacity
 
+from mope_bb.connections import open_connector
 from mope_bb.errors import (
     BrokenReplyError,
     ConfigError,
@@ -39,14 +41,13 @@ from mope_bb.failures import (
     parse_retry_after,
     server_message,
 )
+from mope_bb.keys import Key, keep_password, keep_secret, redacted, redacted_body
 from mope_bb.limits import MAX_IN_FLIGHT, MAX_RETRY_AFTER_S, AdaptiveLimit, Outcome, RequestQueue
 from mope_bb.usage import Meter
 
 T = TypeVar("T")
 Client = TypeVar("Client", bound=httpx.AsyncClient)
 CONNECT_TIMEOUT_S: Final = 5.0
-KEEP_ALIVE_S: Final = 4.0
-"""Below the 5 s after which uvicorn and llama.cpp close a connection that is not used: we must not write to it then."""
 MAX_REPLY_BYTES: Final = 4 * 2**20
 """Of a reply that holds no lists. As Python's objects JSON can take twenty times its own size."""
 BYTES_PER_ENTRY: Final = 512
@@ -54,6 +55,8 @@ BYTES_PER_ENTRY: Final = 512
 BACKOFF_INITIAL_S: Final = 0.5
 BACKOFF_MAX_S: Final = 8.0
 _JSON: Final = {"content-type": "application/json"}
+_HEADERS: Final = ("content-encoding", "retry-after", "retry-after-ms", "x-request-id")
+"""What is read of a reply's headers."""
 _GZIP: Final = 31
 """zlib's number for the format of gzip."""
 
@@ -239,7 +242,7 @@ class HttpClient:
         *,
         provider: str,
         expert: str,
-        api_key: str | None = None,
+        api_key: Key | None = None,
         key_header: str | None = None,
         timeout_s: float = 60.0,
         attempt_timeout_s: float = 20.0,
@@ -253,13 +256,9 @@ class HttpClient:
         """
         self.provider = provider
         self.expert = expert
-        url = parse_url(base_url)
-        if url.userinfo and api_key and not key_header:
-            raise ConfigError("`base_url` holds a user name, and there is a key as well: both would be `Authorization`")
-        self.base_url = str(url).rstrip("/")
-        self.headers = {"accept": "application/json", "user-agent": "mope-bb", "accept-encoding": "gzip"}
-        if api_key:
-            self.headers |= {key_header: api_key} if key_header else {"authorization": f"Bearer {api_key}"}
+        url, credentials = split_credentials(base_url, api_key, key_header)
+        self.base_url = url.rstrip("/")
+        self.headers = {"accept": "application/json", "user-agent": "mope-bb", "accept-encoding": "gzip", **credentials}
         self._endpoint = Endpoint(provider, expert, timeout_s, attempt_timeout_s, max_retries, max_in_flight)
         self._session: aiohttp.ClientSession | None = None
         self.num_requests = 0
@@ -298,26 +297,26 @@ class HttpClient:
                 method, url, data=content, headers=_JSON if content else None, allow_redirects=False
             )
             try:
-                body = await _read_body(response, max_bytes)
+                status = response.status
+                headers = {name: redacted(response.headers[name]) for name in _HEADERS if name in response.headers}
+                body = redacted_body(await _read_body(response, max_bytes))
             finally:
                 # Of a reply that was not read to its end it closes the connection; else that is back in the pool.
                 response.close()
+                # It holds all headers, which may repeat the key, and would be written out with a traceback's locals.
+                del response
         except (aiohttp.ClientError, ReplyTooLongError) as error:
             raise self._endpoint.failure(error, url) from None
-        if "content-encoding" in response.headers:
-            body = self._unpack(body, response.headers["content-encoding"], url, max_bytes)
-        if response.status != 200:
-            raise self._endpoint.status_error(response.status, response.headers, body, url)
+        if "content-encoding" in headers:
+            body = redacted_body(self._unpack(body, headers["content-encoding"], url, max_bytes))
+        if status != 200:
+            raise self._endpoint.status_error(status, headers, body, url)
         return self._endpoint.decode(body, url)
 
     def _open_session(self) -> aiohttp.ClientSession:
         """Opened by the first request, since it belongs to the running loop."""
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(
-                limit=self._endpoint.max_in_flight,
-                keepalive_timeout=KEEP_ALIVE_S,
-                ssl=httpx.create_ssl_context() if self.base_url.startswith("https:") else True,
-            ),
+            connector=open_connector(self._endpoint.max_in_flight, is_encrypted=self.base_url.startswith("https:")),
             headers=self.headers,
             cookie_jar=aiohttp.DummyCookieJar(),
             # Requests have their deadlines from `Endpoint`; a host that cannot be reached shall not use them up.
@@ -369,6 +368,7 @@ async def _read_body(response: aiohttp.ClientResponse, max_bytes: int) -> bytes:
 
 def parse_url(base_url: str) -> httpx.URL:
     """An address of HTTP. Raises ConfigError for anything else."""
+    keep_password(base_url)
     try:
         url = httpx.URL(base_url)
     except httpx.InvalidURL as error:
@@ -376,6 +376,25 @@ def parse_url(base_url: str) -> httpx.URL:
     if url.scheme not in ("http", "https") or not url.host:
         raise ConfigError(f"base_url {base_url!r} is not an http(s) URL", hint='Expected "http://host:port".')
     return url
+
+
+def split_credentials(base_url: str, key: Key | None, key_header: str | None) -> tuple[str, dict[str, str]]:
+    """The address without user name and password, and the headers that these and the key are sent in.
+
+    In an address they would stand in every log. Raises ConfigError for what is no URL, and where both would be in
+    `Authorization`.
+    """
+    url = parse_url(base_url)
+    headers: dict[str, str] = {}
+    if url.userinfo:
+        if key and not key_header:
+            raise ConfigError("`base_url` holds a user name, and there is a key as well: both would be `Authorization`")
+        encoded = base64.b64encode(f"{url.username}:{url.password}".encode()).decode()
+        keep_secret(encoded)
+        headers["authorization"] = f"Basic {encoded}"
+    if key:
+        headers |= {key_header: key.reveal()} if key_header else {"authorization": f"Bearer {key.reveal()}"}
+    return str(url.copy_with(userinfo=b"")), headers
 
 
 def build_client(
@@ -388,11 +407,17 @@ def build_client(
     kind: type[Client],
 ) -> Client:
     """A client of httpx for those who need one, of the class `kind`. Raises ConfigError for what is no URL."""
+    url = parse_url(base_url)
+
+    def open_session() -> aiohttp.ClientSession:
+        connector = open_connector(max_connections, is_encrypted=url.scheme == "https")
+        return aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar())
+
     return kind(
-        base_url=parse_url(base_url),
+        base_url=url,
         headers={"accept": "application/json", "user-agent": "mope-bb", **headers},
         # httpx's own connection pool is slow with many requests in flight; aiohttp's is not (docs/design-notes.md).
-        transport=transport or httpx_aiohttp.AiohttpTransport(limits=httpx.Limits(max_connections=max_connections)),
+        transport=transport or httpx_aiohttp.AiohttpTransport(client=open_session),
         timeout=httpx.Timeout(timeout_s, connect=min(CONNECT_TIMEOUT_S, timeout_s)),
         follow_redirects=False,
         trust_env=False,

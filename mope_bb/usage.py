@@ -147,7 +147,8 @@ _SHAPES: tuple[tuple[str, str, str], ...] = (
 def billed_tokens(reply: Any) -> tuple[int, int] | None:
     """Tokens read and generated, as the reply tells them; None where it tells neither. Lists are added up."""
     if isinstance(reply, list):
-        found = [one for one in map(billed_tokens, reply) if one is not None]
+        # Lists of replies are one deep; what is deeper is none, and could be as deep as it likes.
+        found = [one for one in (billed_tokens(one) for one in reply if isinstance(one, dict)) if one is not None]
         return (sum(read for read, _ in found), sum(drawn for _, drawn in found)) if found else None
     if not isinstance(reply, dict):
         return None

@@ -21,7 +21,7 @@ class Result:
     err: str
 
     def assert_refused(self, status: int, *parts: str) -> None:
-        """One `error:` line that names `parts`, one `hint:` line, and this exit status; before them at most the cost."""
+        """One `error:` line with `parts`, one `hint:` line, and this exit status; before them perhaps the cost."""
         lines = [line for line in self.err.splitlines() if " tokens read, " not in line]
         assert [line.split(":")[0] for line in lines] == ["error", "hint"], self.err
         assert all(part in self.err for part in parts), self.err

@@ -255,6 +255,7 @@ def child(module: str, order: Mapping[str, Any]) -> Iterator[Any]:
     finally:
         process.stdin.close()
         process.wait(20)
+        process.stdout.close()
 
 
 def main() -> None:

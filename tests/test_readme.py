@@ -65,9 +65,10 @@ def test_example_runs_inside_a_running_loop() -> None:
 
 def test_configuration_examples_are_valid() -> None:
     """The mope.toml of the README is accepted as it stands, and with what training needs besides."""
-    servers, training = map(tomllib.loads, blocks("toml"))
+    servers, bad_days, training = map(tomllib.loads, blocks("toml"))
     assert [expert.name for expert in parse_config(servers).experts] == ["concise", "friendly"]
-    config = parse_config(joined(servers, training))
+    config = parse_config(joined(joined(servers, bad_days), training))
+    assert config.budget.max_calls == 100_000
     assert config.train.prompts is not None
     assert config.dimensions["concise"].text is not None
     assert config.dimensions["concise"].reward is not None

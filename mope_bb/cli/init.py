@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 import click
 
 from mope_bb.errors import AuthenticationError, ConfigError, MopeError, ProviderConnectionError
+from mope_bb.keys import Key
 
 if TYPE_CHECKING:
     from mope_bb.providers.discover import Found
@@ -61,8 +61,13 @@ def init(urls: tuple[str, ...], output: str, api_key_env: str | None, force: boo
     if path.exists() and not force:
         raise ConfigError(f"{output!r} is there already", hint="Name another with --output, or replace it: --force.")
     key = None
-    if api_key_env is not None and not (key := os.environ.get(api_key_env)):
-        raise AuthenticationError(f"the environment variable {api_key_env!r} is not set")
+    if api_key_env is not None:
+        try:
+            key = Key.of_variable(api_key_env)
+        except ValueError as reason:
+            raise AuthenticationError(f"the environment variable {api_key_env!r} holds no key: {reason}") from None
+        if key is None:
+            raise AuthenticationError(f"the environment variable {api_key_env!r} is not set")
     found, failures = asyncio.run(look(urls, key))
     for url, error in failures:
         click.echo(f"{url}: {error}", err=True)
@@ -81,7 +86,7 @@ def init(urls: tuple[str, ...], output: str, api_key_env: str | None, force: boo
     click.echo(f"wrote {output}\nnext: mope-bb doctor -c {output}")
 
 
-async def look(urls: Sequence[str], api_key: str | None) -> tuple[list[Found], list[tuple[str, MopeError]]]:
+async def look(urls: Sequence[str], api_key: Key | None) -> tuple[list[Found], list[tuple[str, MopeError]]]:
     """What answers at each address, and where nothing known does."""
     from mope_bb.providers.discover import discover
 

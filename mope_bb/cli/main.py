@@ -18,6 +18,7 @@ COMMANDS = {
     "eval": ("mope_bb.cli.eval", "evaluate", "Compare trained PCMs with everything one can do without training."),
     "doctor": ("mope_bb.cli.doctor", "doctor", "Ask every endpoint, and say what will not work."),
     "init": ("mope_bb.cli.init", "init", "Write a mope.toml from the endpoints at some addresses."),
+    "cache": ("mope_bb.cli.cache", "cache", "Look at, check and empty the cache of distributions."),
     "zoo": ("mope_bb.cli.zoo", "zoo", "Build and serve the embedded tiny experts."),
 }
 EXIT_INTERRUPTED = 130

@@ -9,6 +9,7 @@ starts at zero, so an untrained PCM is exactly the user's own weighted mixture o
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -116,28 +117,59 @@ def load_pcm(path: str, *, device: torch.device | None = None) -> PreferenceCont
     """Load a folder that `PreferenceControlModel.save` wrote. Raises CheckpointError."""
     file = Path(path) / "mope.json"
     try:
-        document = json.loads(file.read_text(encoding="utf-8"))
-        experts = tuple(str(name) for name in document["experts"])
-        features = torch.tensor([float(document["features"][name]) for name in FEATURES])
-        version, layout, found_format = int(document["policy_version"]), document["prompt_layout"], document["format"]
-        rule = document.get("rule")
+        document = parse_document(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path!r} is not a PCM folder: it has no mope.json") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{str(file)!r} cannot be read: {error!r}") from None
-    if (found_format, layout) != (FORMAT, PROMPT_LAYOUT):
-        raise CheckpointError(
-            f"{path!r} has format {found_format!r}, layout {layout!r}; expected {FORMAT} and {PROMPT_LAYOUT!r}",
-            hint="It was written by another version of mope-bb.",
-        )
+    except (OSError, UnicodeDecodeError, CheckpointError) as error:
+        raise CheckpointError(f"{str(file)!r} cannot be read: {error}", hint=getattr(error, "hint", None)) from None
     model = _load(path)
-    if model.config.num_labels != len(experts):
+    if model.config.num_labels != len(document.experts):
         raise CheckpointError(
-            f"{path!r} has {model.config.num_labels} labels, but mope.json names {len(experts)} experts"
+            f"{path!r} has {model.config.num_labels} labels, but mope.json names {len(document.experts)} experts"
         )
-    pcm = _assemble(model, path, experts, features=features, version=version, device=device)
-    pcm.rule = None if rule is None else str(rule)
+    features = torch.tensor(document.features)
+    pcm = _assemble(model, path, document.experts, features=features, version=document.policy_version, device=device)
+    pcm.rule = document.rule
     return pcm
+
+
+@dataclass(frozen=True, slots=True)
+class PcmDocument:
+    """What `mope.json` says of the model beside it."""
+
+    experts: tuple[str, ...]
+    features: tuple[float, ...]
+    """F weights, in the order of FEATURES."""
+    policy_version: int
+    rule: str | None
+
+
+def parse_document(text: str) -> PcmDocument:
+    """The content of a `mope.json`. Raises CheckpointError."""
+    try:
+        found = json.loads(text)
+        if (found["format"], found["prompt_layout"]) != (FORMAT, PROMPT_LAYOUT):
+            raise CheckpointError(
+                f"it has format {found['format']!r:.50}, layout {found['prompt_layout']!r:.50}; expected {FORMAT} and "
+                f"{PROMPT_LAYOUT!r}",
+                hint="It was written by another version of mope-bb.",
+            )
+        experts, version, rule = found["experts"], found["policy_version"], found.get("rule")
+        features = tuple(float(found["features"][name]) for name in FEATURES)
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        raise CheckpointError(f"not what mope-bb writes there: {error!r:.200}") from None
+    is_sound = (
+        isinstance(experts, list)
+        and all(isinstance(name, str) for name in experts)
+        and 0 < len(set(experts)) == len(experts)
+        and all(map(math.isfinite, features))
+        and type(version) is int
+        and version >= 0
+        and (rule is None or isinstance(rule, str))
+    )
+    if not is_sound:
+        raise CheckpointError("not what mope-bb writes there: names, numbers or version are of another kind")
+    return PcmDocument(tuple(experts), features, version, rule)
 
 
 def _assemble(
@@ -152,7 +184,12 @@ def _assemble(
         model.to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
     tokenizer = load_chat_tokenizer(source)
     return PreferenceControlModel(
-        model, tokenizer, AutoTokenizer.from_pretrained(source), experts, features, policy_version=version
+        model,
+        tokenizer,
+        AutoTokenizer.from_pretrained(source, trust_remote_code=False),
+        experts,
+        features,
+        policy_version=version,
     )
 
 
@@ -160,10 +197,9 @@ def _load(path: str, *, is_new: bool = False, **options: Any) -> Any:
     from transformers import AutoModelForTokenClassification
 
     options |= {"dtype": torch.float32, "output_loading_info": True}
-
     try:
         with loading_weights():
-            model, report = AutoModelForTokenClassification.from_pretrained(path, **options)
+            model, report = AutoModelForTokenClassification.from_pretrained(path, trust_remote_code=False, **options)
     except Exception as error:  # noqa: BLE001  # transformers raises whatever its parsers raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"the PCM backbone {path!r} cannot be loaded: {reason}") from None

@@ -21,6 +21,8 @@ SENTINEL_LOGPROB: Final = -9990.0
 """At or below this a number means "no value": -9999 (OpenAI, vLLM), -3.4e38 (llama.cpp), -inf."""
 LOGPROB_SLACK: Final = 1e-3
 """Some endpoints return coarse numbers slightly above 0; more than this is a malformed reply."""
+MASS_SLACK: Final = 0.02
+"""Logprobs in half precision are off by 0.4 % of themselves; a list that adds up to more than this above 1 is none."""
 PROMPTS_KEPT: Final = 64
 
 
@@ -244,17 +246,15 @@ def build_distribution(
 ) -> TokenDistribution:
     """The one way from an endpoint's list to a `TokenDistribution`: checks, drops sentinels, joins END, sorts, cuts.
 
-    Raises MalformedResponseError for a NaN, an infinite or positive logprob, or a token that stands twice, and
-    LogprobsUnavailableError for a list that holds no value. Pieces without ids that have equal bytes add up: the wire
-    cannot tell them apart.
+    Raises MalformedResponseError for a NaN, an infinite or positive logprob, a token that stands twice, or
+    probabilities of more than 1 in all, and LogprobsUnavailableError for a list that holds no value. Pieces without
+    ids that have equal bytes add up: the wire cannot tell them apart.
     """
     entries = tuple(entries)
     if _needs_no_repair(entries, end_ids):
-        return TokenDistribution(
-            tuple(piece for piece, _ in entries[:top_k]),
-            tuple(logprob for _, logprob in entries[:top_k] if logprob is not None),
-            vocab_size,
-        )
+        values = tuple(logprob for _, logprob in entries[:top_k] if logprob is not None)
+        _check_mass(values, expert)
+        return TokenDistribution(tuple(piece for piece, _ in entries[:top_k]), values, vocab_size)
     found: dict[int | bytes, tuple[Piece, float]] = {}
     num_end = num_sentinels = 0
     ends: list[float] = []
@@ -270,15 +270,14 @@ def build_distribution(
         if piece.token_id in end_ids:
             ends.append(min(logprob, 0.0))
         elif piece.token_id is None and piece.key in found:
-            total = math.exp(found[piece.key][1]) + math.exp(min(logprob, 0.0))
-            found[piece.key] = (piece, min(0.0, math.log(total)))
+            found[piece.key] = (piece, _log_sum((found[piece.key][1], min(logprob, 0.0))))
         elif piece.key in found:
             raise MalformedResponseError(f"the token {piece.data!r} (id {piece.token_id}) stands twice", expert=expert)
         else:
             found[piece.key] = (piece, min(logprob, 0.0))
     if ends:
         num_end = len(ends)
-        found[END.key] = (END, min(0.0, math.log(math.fsum(map(math.exp, ends)))))
+        found[END.key] = (END, _log_sum(ends))
     if not found:
         raise LogprobsUnavailableError("the reply holds no next-token logprobs", expert=expert)
     if num_sentinels and [logprob for _, logprob in found.values()] == [0.0]:
@@ -290,12 +289,25 @@ def build_distribution(
         )
     # Sorted by value, then by id, so that ties do not depend on the order on the wire.
     ranked = sorted(found.values(), key=lambda entry: (-entry[1], _order(entry[0])))[:top_k]
+    _check_mass([logprob for _, logprob in ranked], expert)
     return TokenDistribution(
         pieces=tuple(piece for piece, _ in ranked),
         logprobs=tuple(logprob for _, logprob in ranked),
         # END counts once among the pieces, though it may stand for several ids.
         vocab_size=None if vocab_size is None else vocab_size - max(0, num_end - 1),
     )
+
+
+def _log_sum(logprobs: Sequence[float]) -> float:
+    """The logprob of one or the other; probabilities may be too small for a number."""
+    best = max(logprobs)
+    return min(0.0, best + math.log(math.fsum(math.exp(logprob - best) for logprob in logprobs)))
+
+
+def _check_mass(logprobs: Sequence[float], expert: str) -> None:
+    total = sum(map(math.exp, logprobs))
+    if total > 1.0 + MASS_SLACK:
+        raise MalformedResponseError(f"the probabilities of a list add up to {total:.3f}", expert=expert)
 
 
 def _needs_no_repair(entries: Sequence[tuple[Piece, float | None]], end_ids: Collection[int | None]) -> bool:

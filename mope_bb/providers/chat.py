@@ -34,6 +34,7 @@ from mope_bb.errors import (
     MalformedResponseError,
     RequestError,
 )
+from mope_bb.failures import shown
 from mope_bb.providers.base import Capabilities
 from mope_bb.providers.connect import read_key, required_model, required_url
 from mope_bb.providers.dialects import CHAT, ChatDialect
@@ -151,7 +152,7 @@ def parse_response(data: Any, reader: PieceReader, *, expert: str, answer: str =
         if has_ended and (logprobs is not None or (message.get("content") or "") in ("", answer)):
             return Reply((), prompt_tokens, has_ended=True)
         raise LogprobsUnavailableError(
-            f"the endpoint answered without logprobs (finish_reason {choice.get('finish_reason')!r})",
+            f"the endpoint answered without logprobs (finish_reason {shown(choice.get('finish_reason'))})",
             hint=hint,
             expert=expert,
         )
@@ -173,7 +174,7 @@ def parse_draw(data: Any, *, dialect: ChatDialect, num_tokens: int, expert: str,
         parse_usage(data),
         has_ended=choice.get("finish_reason") in ENDED,
         text=_new_text(choice, "" if dialect.repeats_answer is False else answer),
-        token_ids=parse_drawn_ids(choice),
+        token_ids=parse_drawn_ids(choice, expert=expert),
     )
 
 
@@ -186,7 +187,7 @@ def _new_text(choice: Mapping[str, Any], answer: str) -> str | None:
 def _choice(data: Any, expert: str) -> Mapping[str, Any]:
     choices = data.get("choices") if isinstance(data, dict) else None
     if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
-        raise MalformedResponseError(f"the reply has not one element of `choices`: {str(data)[:100]!r}", expert=expert)
+        raise MalformedResponseError(f"the reply has not one element of `choices`: {shown(data)}", expert=expert)
     return choices[0]
 
 
@@ -200,7 +201,8 @@ def _lists_nothing(logprobs: Any) -> bool:
 def _with_lists(logprobs: Any, *, hint: str | None, expert: str) -> Any:
     """`logprobs`, if the first token has a list. Raises LogprobsUnavailableError if only its own number is given."""
     content = logprobs.get("content") if isinstance(logprobs, dict) else None
-    if isinstance(content, list) and isinstance(content[0], dict) and content[0].get("top_logprobs") in (None, []):
+    first = content[0] if isinstance(content, list) and content else None
+    if isinstance(first, dict) and first.get("top_logprobs") in (None, []):
         message = "the endpoint gives the logprob of the drawn token only"
         raise LogprobsUnavailableError(message, hint=hint, expert=expert)
     return logprobs
@@ -210,10 +212,11 @@ def _thinks(message: Mapping[str, Any], data: Mapping[str, Any]) -> bool:
     """The reply holds a thought: as a field of its own, as text, or as a number of hidden tokens."""
     usage = data.get("usage")
     details = usage.get("completion_tokens_details") if isinstance(usage, dict) else None
+    content = message.get("content")
     return bool(
         message.get("reasoning_content")
         or message.get("reasoning")
-        or str(message.get("content") or "").lstrip().startswith("<think>")
+        or (isinstance(content, str) and content.lstrip().startswith("<think>"))
         or (isinstance(details, dict) and details.get("reasoning_tokens"))
     )
 
@@ -313,12 +316,11 @@ def open_expert(config: ExpertConfig, cache: DistributionCache | None) -> ChatEx
         base_url += "/v1"
     model = required_model(config)
     tokenizer = load_chat_tokenizer(config.tokenizer) if config.tokenizer else None
-    # All that changes the distributions, or how their pieces are told apart, changes where they are kept.
+    # All that changes the distributions changes where they are kept.
     identity = (
         config.provider,
         config.identity or f"{base_url} {model}",
         *([orjson.dumps(config.extra_body, option=orjson.OPT_SORT_KEYS).decode()] if config.extra_body else []),
-        *([tokenizer.fingerprint] if tokenizer is not None else []),
     )
     client = OpenAIClient(
         base_url,

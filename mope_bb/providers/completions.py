@@ -27,12 +27,13 @@ from mope_bb.cache import DistributionCache
 from mope_bb.chat_tokenizer import ChatTokenizer, load_chat_tokenizer
 from mope_bb.config import ExpertConfig
 from mope_bb.errors import ConfigError, MalformedResponseError, ModelNotFoundError, MopeError
+from mope_bb.failures import shown
 from mope_bb.providers.connect import load_served_tokenizer, open_client, required_model, required_url
 from mope_bb.providers.dialects import COMPLETIONS, CompletionsDialect
 from mope_bb.providers.drawing import ENDED, ONE_DRAW, DrawAsk, check_num_drawn, parse_drawn_ids
 from mope_bb.providers.endpoint import Ask, IdEndpoint, check_all_read
 from mope_bb.providers.text_endpoint import TextEndpoint
-from mope_bb.providers.wire import PieceReader, Reply, in_order, parse_openai_logprobs, parse_usage
+from mope_bb.providers.wire import PieceReader, Reply, as_count, in_order, parse_openai_logprobs, parse_usage
 from mope_bb.transport import HttpClient
 from mope_bb.types import Context, Message, Piece, TokenDistribution
 
@@ -109,13 +110,13 @@ def parse_draw(data: Any, *, num_tokens: int, expert: str) -> Reply:
         parse_usage(data),
         has_ended=choice.get("finish_reason") in ENDED,
         text=text if isinstance(text, str) else None,
-        token_ids=parse_drawn_ids(choice),
+        token_ids=parse_drawn_ids(choice, expert=expert),
     )
 
 
 def _choices(data: Any, expert: str) -> list[Any]:
     if not isinstance(data, dict) or not isinstance(data.get("choices"), list):
-        raise MalformedResponseError(f"the reply has no `choices`: {str(data)[:100]!r}", expert=expert)
+        raise MalformedResponseError(f"the reply has no `choices`: {shown(data)}", expert=expert)
     choices: list[Any] = data["choices"]
     return choices
 
@@ -177,9 +178,12 @@ def parse_models(data: Any, *, expert: str) -> list[ServedModel]:
         found = []
         for name, card in cards.items():
             base = cards.get(card.get("parent"), card)
-            found.append(ServedModel(str(name), base.get("root"), base.get("max_model_len")))
+            root = base.get("root")
+            if not isinstance(name, str) or not (root is None or isinstance(root, str)):
+                raise TypeError("a name that is no text")
+            found.append(ServedModel(name, root, as_count(base.get("max_model_len"))))
     except (KeyError, TypeError, AttributeError):
-        raise MalformedResponseError(f"/models is not as OpenAI's: {str(data)[:100]!r}", expert=expert) from None
+        raise MalformedResponseError(f"/models is not as OpenAI's: {shown(data)}", expert=expert) from None
     return found
 
 
@@ -219,7 +223,7 @@ class IdCompletions(IdEndpoint):
             forced_id=tokenizer.encode_text("a")[-1] if forced else None,
         )
         return parse_response(
-            await self._client.post_json("/completions", body),
+            await self._client.post_json("/completions", body, num_entries=ask.num_entries(len(prompts))),
             PieceReader(tokenizer),
             len(prompts),
             expert=self.name,
@@ -244,15 +248,17 @@ class IdCompletions(IdEndpoint):
         if self.capabilities.score != "echo" or not draft:
             return await super().score_ids(ids, draft, top_k)
         drafted = self.prefixes((), draft)[-1]
+        ask = Ask(await self.num_asked(top_k))
         body = build_request(
             [(*ids, *drafted)],
-            Ask(await self.num_asked(top_k)),
+            ask,
             dialect=self._dialect,
             model=await self._model_name(),
             forced_id=None,
         )
         # The last tokens of the prompt come back as if they had been drawn, each with the list that it stood on.
-        data = await self._client.post_json("/completions", body | {"echo_last": len(drafted)})
+        body["echo_last"] = len(drafted)
+        data = await self._client.post_json("/completions", body, num_entries=ask.num_entries(len(drafted) + 1))
         (reply,) = parse_response(data, PieceReader(await self.tokenizer()), 1, expert=self.name)
         if isinstance(reply, MopeError):
             raise reply
@@ -263,6 +269,11 @@ class IdCompletions(IdEndpoint):
                 f"{len(drafted)} tokens of the prompt were to be echoed, and {echoed} came", expert=self.name
             )
         return await self.build_lists(reply.positions, top_k)
+
+    async def identity(self) -> tuple[str, ...]:
+        # Without a name it is whatever is served.
+        served = [] if self._model is not None else [await self._model_name()]
+        return (*await super().identity(), *served)
 
     async def _model_name(self) -> str:
         if self._dialect.tells_tokenizer:
@@ -317,9 +328,8 @@ class TextCompletions(TextEndpoint):
         body = build_request(
             self.render(messages, answer), ask, dialect=self._dialect, model=self._model, forced_id=None
         )
-        reply = parse_response(
-            await self._client.post_json("/completions", body), PieceReader(self._tokenizer), 1, expert=self.name
-        )[0]
+        data = await self._client.post_json("/completions", body, num_entries=ask.num_entries())
+        reply = parse_response(data, PieceReader(self._tokenizer), 1, expert=self.name)[0]
         if isinstance(reply, MopeError):
             raise reply
         return reply

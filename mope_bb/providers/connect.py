@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
-import os
 
 import httpx
 
 from mope_bb.chat_tokenizer import ChatTokenizer, load_chat_tokenizer
 from mope_bb.config import ExpertConfig
 from mope_bb.errors import AuthenticationError, ConfigError
+from mope_bb.keys import Key
 from mope_bb.transport import HttpClient
 
 
@@ -29,13 +29,17 @@ def required_model(config: ExpertConfig) -> str:
     return config.model
 
 
-def read_key(config: ExpertConfig) -> str | None:
-    """The key in the variable that `api_key_env` names. Raises AuthenticationError where it is not set."""
+def read_key(config: ExpertConfig) -> Key | None:
+    """The key in the variable that `api_key_env` names. Raises AuthenticationError where it is not set, or no key."""
     if config.api_key_env is None:
         return None
-    key = os.environ.get(config.api_key_env)
-    if not key:
-        raise AuthenticationError(f"the environment variable {config.api_key_env!r} is not set", expert=config.name)
+    what = f"the environment variable {config.api_key_env!r}"
+    try:
+        key = Key.of_variable(config.api_key_env)
+    except ValueError as error:
+        raise AuthenticationError(f"{what} holds no key: {error}", expert=config.name) from None
+    if key is None:
+        raise AuthenticationError(f"{what} is not set", expert=config.name)
     return key
 
 

@@ -12,6 +12,8 @@ from typing import Any, Final
 import httpx
 
 from mope_bb.errors import AuthenticationError, MopeError, ProviderConnectionError, ProviderTimeoutError
+from mope_bb.failures import shown
+from mope_bb.keys import Key
 from mope_bb.providers.dialects import CHAT, COMPLETIONS, NATIVE
 from mope_bb.transport import HttpClient
 
@@ -32,7 +34,7 @@ class Found:
     note: str = ""
 
 
-async def discover(url: str, *, api_key: str | None = None) -> Found:
+async def discover(url: str, *, api_key: Key | None = None) -> Found:
     """Ask the server at `url`. Raises ProviderError where nobody answers, or nobody that is known."""
     if (hosted := _hosted(url)) is not None:
         return Found(url.rstrip("/"), hosted, (), {}, note="a hosted API: name the model yourself")
@@ -70,6 +72,10 @@ def _hosted(url: str) -> str | None:
     return "azure" if host.endswith(".openai.azure.com") else None
 
 
+def _text(value: object) -> str:
+    return value if isinstance(value, str) else shown(value)
+
+
 async def _get(client: HttpClient, path: str) -> Any:
     data = await client.get_json(path)
     return data if isinstance(data, dict) else {}
@@ -96,15 +102,15 @@ async def _tgi(client: HttpClient, root: str) -> Found | None:
         return None
     kind = info.get("model_type")
     if isinstance(kind, dict):
-        return Found(root, "tei", (str(info["model_id"]),), {}, scores="classifier" in kind)
-    return Found(root, "tgi", (str(info["model_id"]),), {}, note="lists of at most 5: see `mope-bb doctor`")
+        return Found(root, "tei", (_text(info["model_id"]),), {}, scores="classifier" in kind)
+    return Found(root, "tgi", (_text(info["model_id"]),), {}, note="lists of at most 5: see `mope-bb doctor`")
 
 
 async def _ollama(client: HttpClient, root: str) -> Found | None:
     tags = await _get(client, "/api/tags")
     if not isinstance(tags.get("models"), list):
         return None
-    names = [str(one.get("name")) for one in tags["models"] if isinstance(one, dict)]
+    names = [_text(one.get("name")) for one in tags["models"] if isinstance(one, dict)]
     return Found(root, "ollama", names, {}, note="the end of an answer is hidden: llama.cpp serves such models better")
 
 
@@ -121,10 +127,10 @@ async def _openai(client: HttpClient, root: str) -> Found | None:
 async def _only_pools(client: HttpClient) -> bool:
     """Whether this vLLM was started with `--runner pooling`: then it has no route that writes text."""
     try:
-        paths = (await _get(client, "/openapi.json")).get("paths", {})
+        paths = (await _get(client, "/openapi.json")).get("paths")
     except MopeError:
         return False
-    return "/classify" in paths and "/v1/completions" not in paths
+    return isinstance(paths, dict) and "/classify" in paths and "/v1/completions" not in paths
 
 
 async def _models(client: HttpClient) -> tuple[list[str], dict[str, str]]:
@@ -132,6 +138,11 @@ async def _models(client: HttpClient) -> tuple[list[str], dict[str, str]]:
 
 
 def _cards(data: Mapping[str, Any]) -> tuple[list[str], dict[str, str]]:
-    cards = [card for card in data.get("data") or () if isinstance(card, dict) and "id" in card]
-    names = [str(card["id"]) for card in cards]
-    return names, {str(card["id"]): str(card["parent"]) for card in cards if card.get("parent") in names}
+    listed = data.get("data")
+    cards = [
+        card
+        for card in (listed if isinstance(listed, list) else ())
+        if isinstance(card, dict) and isinstance(card.get("id"), str)
+    ]
+    names = [card["id"] for card in cards]
+    return names, {card["id"]: card["parent"] for card in cards if card.get("parent") in names}

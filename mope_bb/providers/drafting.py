@@ -86,7 +86,8 @@ def _index_of_drawn(position: Position, entries: Sequence[Entry], distribution: 
 def _tempered(entries: Sequence[Entry], distribution: TokenDistribution, temperature: float) -> tuple[float, ...]:
     """log q (K): each token's p^(1/T), those of the end added up, normalised over the pieces on the list."""
     if temperature == 1.0:  # the end's tokens are added up already
-        log_total = math.log(math.fsum(map(math.exp, distribution.logprobs)))
+        best = distribution.logprobs[0]  # which may be so small that its probability is 0
+        log_total = best + math.log(math.fsum(math.exp(logprob - best) for logprob in distribution.logprobs))
         return tuple(logprob - log_total for logprob in distribution.logprobs)
     listed: dict[int | bytes, list[float]] = {piece.key: [] for piece in distribution.pieces}
     for piece, logprob in entries:

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from mope_bb.chat_tokenizer import ChatTokenizer
-from mope_bb.errors import AlignmentError
-from mope_bb.providers.wire import REPLACEMENT, PieceReader, Reply
+from mope_bb.errors import AlignmentError, MalformedResponseError
+from mope_bb.failures import shown
+from mope_bb.providers.wire import MAX_PIECE_BYTES, REPLACEMENT, PieceReader, Reply, checked_id
 from mope_bb.types import END, Piece
 
 
@@ -43,13 +44,14 @@ def piece_of_draw(reply: Reply, tokenizer: ChatTokenizer | None, *, expert: str)
     text = reply.text or ""
     if reply.has_ended and not text:
         return END
-    piece = PieceReader(tokenizer).read(text)
+    # The text is the model's own: one that looks like a token's number is still text.
+    piece = PieceReader(tokenizer).read_text(text) if len(text) <= MAX_PIECE_BYTES else None
     if piece is not None:
         return piece
     if not text or REPLACEMENT in text:
         what = "half a character" if text else "a token without text: half a character, or an end that is not told"
         raise AlignmentError(f"expert {expert!r} drew {what}", hint=_NO_TEXT_HINT)
-    raise AlignmentError(f"expert {expert!r} drew {text!r}, which is not one token", hint=_NO_TOKEN_HINT)
+    raise AlignmentError(f"expert {expert!r} drew {shown(text)}, which is not one token", hint=_NO_TOKEN_HINT)
 
 
 def check_num_drawn(data: Mapping[str, Any], num_tokens: int, *, expert: str) -> None:
@@ -63,7 +65,10 @@ def check_num_drawn(data: Mapping[str, Any], num_tokens: int, *, expert: str) ->
         )
 
 
-def parse_drawn_ids(choice: Mapping[str, Any]) -> tuple[int, ...] | None:
-    """`token_ids` of a choice, where the endpoint tells."""
+def parse_drawn_ids(choice: Mapping[str, Any], *, expert: str) -> tuple[int, ...] | None:
+    """`token_ids` of a choice, where the endpoint tells. Raises MalformedResponseError."""
     ids = choice.get("token_ids")
-    return tuple(ids) if isinstance(ids, list) and all(type(one) is int for one in ids) else None
+    try:
+        return None if ids is None else tuple(map(checked_id, ids))
+    except (TypeError, ValueError) as error:
+        raise MalformedResponseError(f"`token_ids` are not ids: {shown(error)}", expert=expert) from None

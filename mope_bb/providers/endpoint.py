@@ -50,6 +50,10 @@ class Ask:
         """What the endpoint draws matters, and not the first list alone."""
         return self.num_tokens > 1 or self.temperature is not None
 
+    def num_entries(self, num_prompts: int = 1) -> int:
+        """How many entries the lists of the reply may have in all."""
+        return num_prompts * self.num_tokens * self.top_k
+
 
 class Connection(Protocol):
     """What every client of an endpoint has, whoever wrote it."""
@@ -131,7 +135,7 @@ class WireExpert(Expert):
             expert=self.name,
         )
         if steps:
-            return steps
+            return steps[:num_tokens]  # an endpoint may write more than it is asked for
         if is_exact:
             raise LogprobsUnavailableError("the endpoint wrote ahead without logprobs", expert=self.name)
         # The wire shows nothing of the first piece, as it may at the end of an answer: the list must do.
@@ -308,7 +312,7 @@ class IdEndpoint(IdExpert, WireExpert):
         return (await self.tokenizer()).fingerprint
 
     async def identity(self) -> tuple[str, ...]:
-        return self._identity
+        return (*self._identity, (await self.tokenizer()).identity)
 
     async def aclose(self) -> None:
         await self._questions.aclose()

@@ -19,11 +19,12 @@ from typing import Any, Final
 from mope_bb.cache import DistributionCache
 from mope_bb.config import ExpertConfig
 from mope_bb.errors import LogprobsUnavailableError, MalformedResponseError, RequestError
+from mope_bb.failures import shown
 from mope_bb.providers.connect import open_client, required_model, required_url
 from mope_bb.providers.dialects import NATIVE
 from mope_bb.providers.endpoint import Ask
 from mope_bb.providers.text_endpoint import TextEndpoint
-from mope_bb.providers.wire import PieceReader, Reply, build_position, checked_logprob
+from mope_bb.providers.wire import PieceReader, Reply, as_count, build_position, checked_logprob, refuse_repeated
 from mope_bb.transport import HttpClient
 from mope_bb.types import Message, Piece
 
@@ -47,21 +48,25 @@ def parse_reply(data: Any, reader: PieceReader, *, expert: str) -> Reply:
     """The reply to one question. Raises a ProviderError."""
     try:
         if blocked := data.get("promptFeedback", {}).get("blockReason"):
-            raise RequestError(f"Gemini blocked the prompt: {blocked}", expert=expert)
+            raise RequestError(f"Gemini blocked the prompt: {shown(blocked)}", expert=expert)
         candidate, usage = data["candidates"][0], data.get("usageMetadata", {})
+        num_read, num_thoughts = as_count(usage.get("promptTokenCount")), as_count(usage.get("thoughtsTokenCount"))
         has_ended, result = candidate.get("finishReason") == "STOP", candidate.get("logprobsResult")
         if not result or not result.get("topCandidates"):
             if has_ended and not candidate.get("content", {}).get("parts"):
-                return Reply((), usage.get("promptTokenCount"), has_ended=True)
-            raise _no_logprobs(usage.get("thoughtsTokenCount"), expert)
+                return Reply((), num_read, has_ended=True)
+            raise _no_logprobs(num_thoughts, expert)
         drawn, tops = result["chosenCandidates"], result["topCandidates"]
+        for top in tops:
+            # Without ids; two tokens may be of the same text, but hardly of the same logprob.
+            refuse_repeated([(one["token"], one["logProbability"]) for one in top["candidates"]])
         positions = tuple(
             build_position([_read(other, reader) for other in top["candidates"]], _read(one, reader), has_ids=False)
             for one, top in zip(drawn, tops, strict=True)
         )
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise MalformedResponseError(f"the reply is not as Gemini writes it: {error!r}", expert=expert) from None
-    return Reply(positions, usage.get("promptTokenCount"), has_ended)
+        raise MalformedResponseError(f"the reply is not as Gemini writes it: {shown(error)}", expert=expert) from None
+    return Reply(positions, num_read, has_ended)
 
 
 def _read(candidate: Mapping[str, Any], reader: PieceReader) -> tuple[Piece | None, float | None]:
@@ -69,7 +74,7 @@ def _read(candidate: Mapping[str, Any], reader: PieceReader) -> tuple[Piece | No
     return reader.read(candidate["token"]), checked_logprob(candidate["logProbability"])
 
 
-def _no_logprobs(num_thoughts: object, expert: str) -> LogprobsUnavailableError:
+def _no_logprobs(num_thoughts: int | None, expert: str) -> LogprobsUnavailableError:
     hint = "Switch thinking off: extra_body = {generationConfig = {thinkingConfig = {thinkingBudget = 0}}}."
     what = f" after {num_thoughts} tokens of thought" if num_thoughts else ""
     return LogprobsUnavailableError(
@@ -93,7 +98,8 @@ class GeminiExpert(TextEndpoint):
 
     async def ask_text(self, messages: Sequence[Message], answer: str, ask: Ask) -> Reply:
         body = build_request(messages, ask, extra=self._extra, expert=self.name)
-        data = await self._client.post_json(f"/models/{self._model}:generateContent", body)
+        route = f"/models/{self._model}:generateContent"
+        data = await self._client.post_json(route, body, num_entries=ask.num_entries())
         return parse_reply(data, PieceReader(None), expert=self.name)
 
 

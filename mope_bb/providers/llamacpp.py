@@ -27,6 +27,7 @@ from mope_bb.chat_tokenizer import (
     fingerprint_of,
     load_chat_tokenizer,
     refuse_control_token,
+    texts_of,
 )
 from mope_bb.config import ExpertConfig
 from mope_bb.errors import (
@@ -36,6 +37,7 @@ from mope_bb.errors import (
     MopeError,
     RequestError,
 )
+from mope_bb.failures import shown
 from mope_bb.providers.comparing import first_position
 from mope_bb.providers.connect import open_client, required_url
 from mope_bb.providers.dialects import NATIVE
@@ -49,7 +51,7 @@ from mope_bb.providers.llamacpp_wire import (
     parse_reply,
     split_response,
 )
-from mope_bb.providers.wire import END_TOKENS, PieceReader, Reply
+from mope_bb.providers.wire import END_TOKENS, PieceReader, Reply, checked_id
 from mope_bb.transport import HttpClient
 from mope_bb.types import Context, Message, Piece, TokenDistribution
 
@@ -77,6 +79,7 @@ class LlamaCppExpert(IdEndpoint):
         self._forced_id = 0
         self._vocab_size: int | None = None
         self._context_length: int | None = None
+        self._model_path = ""
         self._can_force = True
 
     async def encode_prompt(self, messages: Sequence[Message]) -> tuple[int, ...]:
@@ -92,7 +95,12 @@ class LlamaCppExpert(IdEndpoint):
     async def _refuse_control_tokens(self, messages: Sequence[Message]) -> None:
         """A text that holds a control token has other ids when control tokens are read as such."""
         encoded = await asyncio.gather(
-            *(self._tokenize(one.content, parse_special=special) for one in messages for special in (False, True))
+            *(
+                self._tokenize(text, parse_special=special)
+                for one in messages
+                for text in (texts_of(one) if one.tool_calls or one.tool_call_id else (one.content,))
+                for special in (False, True)
+            )
         )
         for as_text, as_control in zip(encoded[::2], encoded[1::2], strict=True):
             if as_text != as_control:
@@ -101,14 +109,19 @@ class LlamaCppExpert(IdEndpoint):
     async def _name_control_token(self, as_control: Sequence[int], as_text: Sequence[int]) -> str:
         found = sorted(set(as_control) - set(as_text))
         data = await self._client.post_json("/detokenize", {"tokens": found[:1]})
-        return str(data.get("content") or "a control token") if isinstance(data, dict) else "a control token"
+        name = data.get("content") if isinstance(data, dict) else None
+        return name if isinstance(name, str) and name else "a control token"
 
     async def _tokenize(self, text: str, *, parse_special: bool, add_special: bool = False) -> tuple[int, ...]:
         body = {"content": text, "add_special": add_special, "parse_special": parse_special}
         tokens = _field(await self._client.post_json("/tokenize", body), "tokens", list, self.name)
-        if not all(isinstance(token, int) for token in tokens):
-            raise MalformedResponseError("`tokens` of /tokenize are not ids", expert=self.name)
-        return tuple(tokens)
+        try:
+            found = tuple(map(checked_id, tokens))
+        except ValueError as error:
+            raise MalformedResponseError(f"`tokens` of /tokenize are not ids: {error}", expert=self.name) from None
+        if text and not found:
+            raise MalformedResponseError("/tokenize gave no token for a text", expert=self.name)
+        return found
 
     async def num_end_ids(self) -> int:
         return len(await self._set_up())
@@ -123,7 +136,8 @@ class LlamaCppExpert(IdEndpoint):
             body, parse = build_own_request(prompts, ask), parse_draft
         else:
             body, parse = build_request(prompts, top_k=ask.top_k, forced_id=self._forced_id), parse_reply
-        replies = split_response(await self._complete(body), len(prompts), expert=self.name)
+        data = await self._complete(body, ask.num_entries(len(prompts)))
+        replies = split_response(data, len(prompts), expert=self.name)
         found: list[Reply | MopeError] = []
         for reply, ids in zip(replies, prompts, strict=True):
             try:
@@ -152,9 +166,11 @@ class LlamaCppExpert(IdEndpoint):
         fits = self._context_length is None or len(ids) + len(forced) < self._context_length
         if not (draft and self._can_force and fits and all(can_be_forced(piece) for piece in draft)):
             return await super().score_ids(ids, draft, top_k)
-        body = build_score_request(ids, forced, top_k=await self.num_asked(top_k))
+        ask = Ask(await self.num_asked(top_k), len(forced))
+        body = build_score_request(ids, forced, top_k=ask.top_k)
         try:
-            reply = parse_reply(await self._complete(body), reader, num_ids=len(ids), expert=self.name)
+            data = await self._complete(body, ask.num_entries())
+            reply = parse_reply(data, reader, num_ids=len(ids), expert=self.name)
         except ContextLengthError:
             raise
         except RequestError:
@@ -171,15 +187,15 @@ class LlamaCppExpert(IdEndpoint):
             self._known_reader = PieceReader(self._known_tokenizer, end_ids=await self._set_up())
         return self._known_reader
 
-    async def _complete(self, body: dict[str, Any]) -> Any:
-        return await self._client.post_json(
-            "/completion", body if self._model is None else body | {"model": self._model}
-        )
+    async def _complete(self, body: dict[str, Any], num_entries: int) -> Any:
+        if self._model is not None:
+            body["model"] = self._model
+        return await self._client.post_json("/completion", body, num_entries=num_entries)
 
     async def served_models(self) -> list[str] | None:
         data = await self._client.get_json("/v1/models")
         try:
-            return [str(card["id"]) for card in data["data"]]
+            return [card["id"] for card in data["data"] if isinstance(card["id"], str)]
         except (KeyError, TypeError):
             return None
 
@@ -191,6 +207,7 @@ class LlamaCppExpert(IdEndpoint):
                 self._vocab_size = await self._ask_vocab_size()
                 props = await self._client.get_json("/props")
                 self._context_length = _context_length(props)
+                self._model_path = str(props.get("model_path") or "") if isinstance(props, dict) else ""
                 self._end_ids = await self._find_end_ids(props)
             return self._end_ids
 
@@ -200,7 +217,7 @@ class LlamaCppExpert(IdEndpoint):
             size = data["data"][0]["meta"]["n_vocab"]
         except (KeyError, TypeError, IndexError):
             return None
-        return size if isinstance(size, int) else None
+        return size if type(size) is int and size > 0 else None
 
     async def _find_end_ids(self, props: Any) -> frozenset[int]:
         if self._known_tokenizer is not None:
@@ -218,6 +235,15 @@ class LlamaCppExpert(IdEndpoint):
                 expert=self.name,
             )
         return found
+
+    async def identity(self) -> tuple[str, ...]:
+        if self._known_tokenizer is not None:
+            return await super().identity()
+        if self._model is not None:
+            return self._identity
+        # Without a name it is whatever is served.
+        await self._set_up()
+        return (*self._identity, self._model_path)
 
     async def fingerprint(self) -> str:
         if self._known_tokenizer is not None:
@@ -238,9 +264,7 @@ def _context_length(props: Any) -> int | None:
 def _field(data: Any, name: str, kind: type, expert: str) -> Any:
     value = data.get(name) if isinstance(data, dict) else None
     if not isinstance(value, kind):
-        raise MalformedResponseError(
-            f"the reply has no {name!r} of type {kind.__name__}: {str(data)[:100]!r}", expert=expert
-        )
+        raise MalformedResponseError(f"the reply has no {name!r} of type {kind.__name__}: {shown(data)}", expert=expert)
     return value
 
 

@@ -7,8 +7,18 @@ from dataclasses import replace
 from typing import Any, Final
 
 from mope_bb.errors import ContextLengthError, LogprobsUnavailableError, MalformedResponseError
+from mope_bb.failures import shown
 from mope_bb.providers.endpoint import Ask, build_from_reply
-from mope_bb.providers.wire import PieceReader, Position, Reply, checked_logprob, is_whole_text
+from mope_bb.providers.wire import (
+    PieceReader,
+    Position,
+    Reply,
+    as_count,
+    checked_id,
+    checked_logprob,
+    is_whole_text,
+    refuse_repeated,
+)
 from mope_bb.types import Piece, TokenDistribution
 
 FORCE_BIAS: Final = 1000.0
@@ -91,15 +101,16 @@ def parse_reply(data: Any, reader: PieceReader, *, num_ids: int, expert: str) ->
         raise MalformedResponseError(f"the reply is {type(data).__name__}, expected an object", expert=expert)
     if data.get("truncated"):
         raise ContextLengthError(
-            f"the server read {data.get('tokens_evaluated')} of {num_ids} tokens and cut the rest", expert=expert
+            f"the server read {as_count(data.get('tokens_evaluated'))} of {num_ids} tokens and cut the rest",
+            expert=expert,
         )
     try:
         positions = tuple(_parse_position(one, reader) for one in data.get("completion_probabilities") or ())
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise MalformedResponseError(
-            f"`completion_probabilities` is not as llama.cpp writes it: {error!r}", expert=expert
+            f"`completion_probabilities` is not as llama.cpp writes it: {shown(error)}", expert=expert
         ) from None
-    return Reply(positions, data.get("tokens_evaluated"), has_ended=data.get("stop_type") == "eos")
+    return Reply(positions, as_count(data.get("tokens_evaluated")), has_ended=data.get("stop_type") == "eos")
 
 
 def parse_draft(data: Any, reader: PieceReader, *, num_ids: int, expert: str) -> Reply:
@@ -125,7 +136,7 @@ def parse_draft(data: Any, reader: PieceReader, *, num_ids: int, expert: str) ->
         unlisted = None if left_out is None else reader.read(None, data=b"", token_id=left_out)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise MalformedResponseError(
-            f"what was drawn is not as llama.cpp writes it: {error!r}", expert=expert
+            f"what was drawn is not as llama.cpp writes it: {shown(error)}", expert=expert
         ) from None
     return replace(reply, positions=positions, unlisted=unlisted)
 
@@ -151,6 +162,8 @@ def split_response(data: Any, num_prompts: int, *, expert: str) -> list[Any]:
         return [data]
     try:
         found = {reply["index"]: reply for reply in data}
+        if len(found) != len(data) or any(type(index) is not int for index in found):
+            raise KeyError("two replies have one index, or one has none")
         return [found[index] for index in range(num_prompts)]
     except (KeyError, TypeError):
         count = f"{len(data)} replies" if isinstance(data, list) else type(data).__name__
@@ -160,28 +173,32 @@ def split_response(data: Any, num_prompts: int, *, expert: str) -> list[Any]:
 
 
 def _parse_position(position: Mapping[str, Any], reader: PieceReader) -> Position:
-    known = reader.known
-    entries = tuple(
-        (known.get(entry["id"]) or _remember_piece(entry, reader), checked_logprob(entry["logprob"]))
-        for entry in position["top_logprobs"]
-    )
+    listed = position["top_logprobs"]
+    refuse_repeated([entry["id"] for entry in listed])
+    entries = tuple((_recall_piece(entry, reader), checked_logprob(entry["logprob"])) for entry in listed)
     # Without its logprob: it may be the token that we forced, which says nothing about the list. Not to be remembered:
     # where the tokens before it ended inside a character, its bytes begin with theirs.
     drawn = _parse_piece(position, reader) if "id" in position else None
     return Position(entries, drawn, has_ids=True)
 
 
-def _remember_piece(entry: Mapping[str, Any], reader: PieceReader) -> Piece:
-    piece = _parse_piece(entry, reader)
-    if piece.data:
-        reader.known[entry["id"]] = piece
+def _recall_piece(entry: Mapping[str, Any], reader: PieceReader) -> Piece:
+    known = reader.known.get(checked_id(entry["id"]))  # `True` would be found as 1
+    if known is None:
+        piece = _parse_piece(entry, reader)
+        if piece.data:
+            reader.known[entry["id"]] = piece, entry["bytes"]
+        return piece
+    piece, data = known
+    if entry["bytes"] != data:
+        raise ValueError(f"token {entry['id']} was {piece.data!r} and is {shown(entry['bytes'])} now: another model")
     return piece
 
 
 def _parse_piece(entry: Mapping[str, Any], reader: PieceReader) -> Piece:
-    token_id, data = entry["id"], entry["bytes"]
-    if type(token_id) is not int or not isinstance(data, list):
-        raise ValueError(f"id {token_id!r}, bytes {data!r}")
+    token_id, data = checked_id(entry["id"]), entry["bytes"]
+    if not isinstance(data, list):
+        raise ValueError(f"bytes {shown(data)}")
     piece = reader.read(None, data=bytes(data), token_id=token_id)
     assert piece is not None  # it has an id
     return piece

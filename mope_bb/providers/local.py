@@ -118,7 +118,7 @@ class LocalExpert(IdExpert):
         return self._tokenizer.fingerprint
 
     async def identity(self) -> tuple[str, ...]:
-        return ("local", self._source)
+        return ("local", self._source, self._tokenizer.identity)
 
     async def aclose(self) -> None:
         await asyncio.to_thread(self._model.close)
@@ -145,7 +145,13 @@ def open_expert(config: ExpertConfig, cache: DistributionCache | None) -> LocalE
         config.name,
         BatchedModel(model, name=config.name),
         tokenizer,
-        source=config.identity or _folder_identity(config.model),
+        source=" ".join(
+            (
+                config.identity or _folder_identity(config.model),
+                str(model.dtype),  # on a GPU numbers are coarser
+                getattr(model.config, "_commit_hash", None) or "",  # the revision, of a hub name
+            )
+        ),
         system=config.system,
         timeout_s=config.timeout_s,
         # A local forward is cheaper than the disk only for tiny models, but never wrong: honour the setting.
@@ -161,7 +167,9 @@ def load_model(path: str, device: torch.device) -> Any:
         # float32 on the CPU, where half precision is slow and inexact; the model's own type on a GPU.
         dtype = torch.float32 if device.type == "cpu" else "auto"
         with loading_weights():
-            model, report = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
+            model, report = AutoModelForCausalLM.from_pretrained(
+                path, dtype=dtype, output_loading_info=True, trust_remote_code=False
+            )
     except Exception as error:  # noqa: BLE001  # transformers raises whatever its parsers raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigError(f"the model {path!r} cannot be loaded: {reason}") from None
@@ -170,9 +178,10 @@ def load_model(path: str, device: torch.device) -> Any:
 
 
 def _folder_identity(path: str) -> str:
-    """Name and state of a folder's weights: sizes and times, since hashing gigabytes would delay every start."""
+    """Name and state of a folder's weights and settings: sizes and times, since hashing gigabytes would take long."""
     folder = Path(path)
     if not folder.is_dir():
         return path
-    facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(folder.glob("*.safetensors"))]
+    files = sorted(file for file in folder.iterdir() if file.suffix in (".safetensors", ".json"))
+    facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return f"{folder.resolve()}:{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}"

@@ -20,6 +20,7 @@ from mope_bb.cache import DistributionCache
 from mope_bb.chat_tokenizer import load_chat_tokenizer
 from mope_bb.config import ExpertConfig
 from mope_bb.errors import ConfigError, LogprobsUnavailableError, MalformedResponseError
+from mope_bb.failures import shown
 from mope_bb.providers.connect import open_client, required_model, required_url
 from mope_bb.providers.dialects import NATIVE
 from mope_bb.providers.drawing import DrawAsk
@@ -79,7 +80,7 @@ def parse_draw(data: Any, *, expert: str) -> Reply:
     """What was drawn, without lists. Raises MalformedResponseError."""
     text = data.get("response") if isinstance(data, dict) else None
     if not isinstance(text, str):
-        raise MalformedResponseError(f"the reply has no text `response`: {str(data)[:100]!r}", expert=expert)
+        raise MalformedResponseError(f"the reply has no text `response`: {shown(data)}", expert=expert)
     return Reply((), has_ended=data.get("done_reason") == "stop", text=text)
 
 
@@ -110,7 +111,7 @@ class OllamaExpert(TextEndpoint):
 
     async def ask_text(self, messages: Sequence[Message], answer: str, ask: Ask) -> Reply:
         body = build_request(self.render(messages, answer), ask, model=self._model)
-        data = await self._client.post_json("/api/generate", body)
+        data = await self._client.post_json("/api/generate", body, num_entries=ask.num_entries())
         return parse_reply(data, PieceReader(self._tokenizer), expert=self.name)
 
     async def draw_text(self, messages: Sequence[Message], answer: str, ask: DrawAsk) -> Reply:

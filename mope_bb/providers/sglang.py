@@ -22,12 +22,12 @@ from mope_bb.cache import DistributionCache
 from mope_bb.chat_tokenizer import ChatTokenizer, load_chat_tokenizer
 from mope_bb.config import ExpertConfig
 from mope_bb.errors import LogprobsUnavailableError, MalformedResponseError, MopeError
-from mope_bb.failures import classify_status
+from mope_bb.failures import classify_status, readable, shown
 from mope_bb.providers.completions import choose_model, parse_models
 from mope_bb.providers.connect import load_served_tokenizer, open_client, required_url
 from mope_bb.providers.dialects import NATIVE
 from mope_bb.providers.endpoint import Ask, IdEndpoint, check_all_read
-from mope_bb.providers.wire import PieceReader, Reply, build_position, checked_logprob
+from mope_bb.providers.wire import PieceReader, Reply, build_position, checked_id, checked_logprob, refuse_repeated
 from mope_bb.transport import HttpClient
 from mope_bb.types import Piece, TokenDistribution
 
@@ -77,12 +77,12 @@ def parse_scores(data: Any, draft: Sequence[int], reader: PieceReader, *, expert
         if [token_id for _, token_id, _ in given[1:]] != list(draft) or len(tops) != len(given):
             raise ValueError(f"{len(tops)} lists of {len(given)} input tokens for a draft of {len(draft)}")
         scored = [
-            build_position([_read(other, reader) for other in top], _read(one, reader), has_ids=True)
+            build_position(_read_list(top, reader), _read(one, reader), has_ids=True)
             for one, top in zip(given[1:], tops[1:], strict=True)
         ]
     except (KeyError, TypeError, ValueError) as error:
         raise MalformedResponseError(
-            f"the input's logprobs are not as SGLang writes them: {error!r}", expert=expert
+            f"the input's logprobs are not as SGLang writes them: {shown(error)}", expert=expert
         ) from None
     return replace(reply, positions=(*scored, *reply.positions))
 
@@ -93,32 +93,36 @@ def parse_reply(data: Any, reader: PieceReader, *, expert: str) -> Reply:
         meta = data["meta_info"]
         finish, prompt_tokens = meta.get("finish_reason") or {}, meta["prompt_tokens"]
         if type(prompt_tokens) is not int:
-            raise ValueError(f"prompt_tokens {prompt_tokens!r}")
+            raise ValueError(f"prompt_tokens {shown(prompt_tokens)}")
         if finish.get("type") == "abort":
             raise _aborted(finish, expert)
         drawn, tops = meta.get("output_token_logprobs"), meta.get("output_top_logprobs")
         if not drawn or not tops or None in tops:
             raise LogprobsUnavailableError("the server answered without lists of logprobs", expert=expert)
         positions = tuple(
-            build_position([_read(other, reader) for other in top], _read(one, reader), has_ids=True)
+            build_position(_read_list(top, reader), _read(one, reader), has_ids=True)
             for one, top in zip(drawn, tops, strict=True)
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise MalformedResponseError(f"`meta_info` is not as SGLang writes it: {error!r}", expert=expert) from None
+        raise MalformedResponseError(f"`meta_info` is not as SGLang writes it: {shown(error)}", expert=expert) from None
     return Reply(positions, prompt_tokens, has_ended=finish.get("type") == "stop")
+
+
+def _read_list(triples: Sequence[Sequence[Any]], reader: PieceReader) -> list[tuple[Piece | None, float | None]]:
+    refuse_repeated([token_id for _, token_id, _ in triples])
+    return [_read(triple, reader) for triple in triples]
 
 
 def _read(triple: Sequence[Any], reader: PieceReader) -> tuple[Piece | None, float | None]:
     logprob, token_id, _ = triple
-    if type(token_id) is not int:
-        raise ValueError(f"id {token_id!r}")
-    return reader.read(None, token_id=token_id), checked_logprob(logprob)
+    return reader.read(None, token_id=checked_id(token_id)), checked_logprob(logprob)
 
 
 def _aborted(finish: Mapping[str, Any], expert: str) -> MopeError:
-    message, status = str(finish.get("message") or "no reason given"), finish.get("status_code")
-    kind, hint = classify_status(status if type(status) is int else 500, message.encode())
-    return kind(f"the server gave the request up: {message[:300]}", hint=hint, expert=expert)
+    message, status = finish.get("message"), finish.get("status_code")
+    reason = readable(message) if isinstance(message, str) and message else "no reason given"
+    kind, hint = classify_status(status if type(status) is int else 500, reason.encode())
+    return kind(f"the server gave the request up: {reason}", hint=hint, expert=expert)
 
 
 def parse_response(data: Any, reader: PieceReader, num_prompts: int, *, expert: str) -> list[Reply | MopeError]:
@@ -157,7 +161,7 @@ def find_tokenizer_path(model_info: Any, *, expert: str) -> str:
         path = model_info.get("tokenizer_path") or model_info.get("model_path")
         if isinstance(path, str):
             return path
-    raise MalformedResponseError(f"/model_info names no tokenizer: {str(model_info)[:100]!r}", expert=expert)
+    raise MalformedResponseError(f"/model_info names no tokenizer: {shown(model_info)}", expert=expert)
 
 
 class SglangExpert(IdEndpoint):
@@ -181,13 +185,16 @@ class SglangExpert(IdEndpoint):
     async def ask_prompts(self, prompts: Sequence[tuple[int, ...]], ask: Ask) -> list[Reply | MopeError]:
         reader = PieceReader(await self.tokenizer())
         body = build_request(prompts, ask, adapter=await self._find_adapter())
-        return parse_response(await self._client.post_json("/generate", body), reader, len(prompts), expert=self.name)
+        data = await self._client.post_json("/generate", body, num_entries=ask.num_entries(len(prompts)))
+        return parse_response(data, reader, len(prompts), expert=self.name)
 
     async def score_ids(self, ids: tuple[int, ...], draft: Sequence[Piece], top_k: int) -> Sequence[TokenDistribution]:
         reader, adapter = PieceReader(await self.tokenizer()), await self._find_adapter()
         drafted = self.prefixes((), draft)[-1]
-        body = build_score_request(ids, drafted, await self.num_asked(top_k), adapter)
-        reply = parse_scores(await self._client.post_json("/generate", body), drafted, reader, expert=self.name)
+        num_asked = await self.num_asked(top_k)
+        body = build_score_request(ids, drafted, num_asked, adapter)
+        data = await self._client.post_json("/generate", body, num_entries=num_asked * (len(drafted) + 1))
+        reply = parse_scores(data, drafted, reader, expert=self.name)
         check_all_read(reply, len(ids) + len(drafted), expert=self.name)
         return await self.build_lists(reply.positions, top_k)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Final
@@ -10,7 +11,7 @@ from typing import Final
 import orjson
 
 from mope_bb.cache import DistributionCache, distribution_key
-from mope_bb.chat_tokenizer import ChatTokenizer, as_openai, refuse_control_token
+from mope_bb.chat_tokenizer import ChatTokenizer, as_openai, refuse_control_token, texts_of
 from mope_bb.coalescing import SingleFlight
 from mope_bb.errors import AlignmentError, PrefillError
 from mope_bb.providers.base import Capabilities, with_system
@@ -20,7 +21,7 @@ from mope_bb.providers.wire import Reply
 from mope_bb.types import Context, Message, Piece, TokenDistribution
 
 _LOOKS_LIKE_CONTROL: Final = re.compile(
-    r"<\|[^|<>\s]{1,40}\|>|</?s>|<(start|end)_of_(turn|utterance)>|<(eos|bos)>|\[/?INST\]"
+    r"<[|｜][^|｜<>\s]{1,40}[|｜]>|<\|?turn\|?>|</?s>|<(start|end)_of_(turn|utterance)>|<(eos|bos|EOT)>|\[/?INST\]"
 )
 """Control tokens of the common model families: without a tokenizer the model's own are not known."""
 
@@ -75,7 +76,9 @@ class TextEndpoint(WireExpert):
 
     def _key(self, messages: Sequence[Message], answer: str, top_k: int) -> str:
         document = orjson.dumps([[as_openai(message) for message in messages], answer]).decode()
-        return distribution_key(self._identity, document, top_k)
+        # The template that is rendered, and the pieces that are told apart, depend on it.
+        tokenizer = [] if self._tokenizer is None else [self._tokenizer.identity]
+        return distribution_key([*self._identity, *tokenizer], document, top_k)
 
     async def observe(self, context: Context, ask: Ask) -> Reply:
         messages, answer = self._prompt(context)
@@ -100,7 +103,8 @@ class TextEndpoint(WireExpert):
     def _prompt(self, context: Context) -> tuple[tuple[Message, ...], str]:
         answer = self._text_of(context.response)
         for message in context.messages:
-            refuse_control_token(self._control_token_in(message.content), expert=self.name)
+            for text in texts_of(message):
+                refuse_control_token(self._control_token_in(text), expert=self.name)
         if context.response and self.capabilities.prefill == "none":
             raise PrefillError("this endpoint answers from the beginning and continues nothing", expert=self.name)
         return with_system(context.messages, self._system), answer
@@ -108,7 +112,10 @@ class TextEndpoint(WireExpert):
     def _control_token_in(self, text: str) -> str | None:
         if self._tokenizer is not None:
             return self._tokenizer.control_token_in(text)
-        found = _LOOKS_LIKE_CONTROL.search(text)
+        # As tokenizers may read it that put characters together, or leave out what is not seen.
+        plain = unicodedata.normalize("NFKC", text)
+        seen = "".join(char for char in plain if unicodedata.category(char) != "Cf")
+        found = next(filter(None, map(_LOOKS_LIKE_CONTROL.search, (text, plain, seen))), None)
         return None if found is None else found[0]
 
     def _text_of(self, response: Sequence[Piece]) -> str:

@@ -20,12 +20,13 @@ from mope_bb.cache import DistributionCache
 from mope_bb.chat_tokenizer import load_chat_tokenizer
 from mope_bb.config import ExpertConfig
 from mope_bb.errors import ConfigError, LogprobsUnavailableError, MalformedResponseError
+from mope_bb.failures import shown
 from mope_bb.providers.connect import open_client, required_url
 from mope_bb.providers.dialects import NATIVE
 from mope_bb.providers.drawing import DrawAsk
 from mope_bb.providers.endpoint import Ask
 from mope_bb.providers.text_endpoint import TextEndpoint
-from mope_bb.providers.wire import PieceReader, Reply, build_position, checked_logprob
+from mope_bb.providers.wire import PieceReader, Reply, build_position, checked_id, checked_logprob, refuse_repeated
 from mope_bb.transport import HttpClient
 from mope_bb.types import Message, Piece
 
@@ -47,34 +48,39 @@ def build_draw_request(prompt: str, ask: DrawAsk) -> dict[str, Any]:
 def parse_reply(data: Any, reader: PieceReader, *, expert: str) -> Reply:
     """The reply to one question. Raises LogprobsUnavailableError or MalformedResponseError."""
     if not isinstance(data, dict) or "generated_text" not in data:
-        raise MalformedResponseError(f"the reply has no `generated_text`: {str(data)[:100]!r}", expert=expert)
+        raise MalformedResponseError(f"the reply has no `generated_text`: {shown(data)}", expert=expert)
     details = data.get("details")
     try:
         if details is None or not details.get("top_tokens"):
             raise LogprobsUnavailableError("the server answered without `details.top_tokens`", expert=expert)
         positions = tuple(
-            build_position([_read(other, reader) for other in top], _read(token, reader), has_ids=True)
+            build_position(_read_list(top, reader), _read(token, reader), has_ids=True)
             for token, top in zip(details["tokens"], details["top_tokens"], strict=True)
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise MalformedResponseError(f"`details` is not as TGI writes it: {error!r}", expert=expert) from None
+        raise MalformedResponseError(f"`details` is not as TGI writes it: {shown(error)}", expert=expert) from None
     return Reply(positions, has_ended=details.get("finish_reason") == "eos_token")
 
 
 def parse_draw(data: Any, *, expert: str) -> Reply:
     """What was drawn, without lists. Raises MalformedResponseError."""
     try:
-        details, text = data["details"], str(data["generated_text"])
-        ids = tuple(token["id"] for token in details["tokens"])
-    except (KeyError, TypeError) as error:
-        raise MalformedResponseError(f"the reply is not as TGI writes it: {error!r}", expert=expert) from None
+        details, text = data["details"], data["generated_text"]
+        ids = tuple(checked_id(token["id"]) for token in details["tokens"])
+        if not isinstance(text, str):
+            raise ValueError(f"generated_text {shown(text)}")
+    except (KeyError, TypeError, ValueError) as error:
+        raise MalformedResponseError(f"the reply is not as TGI writes it: {shown(error)}", expert=expert) from None
     return Reply((), has_ended=details.get("finish_reason") == "eos_token", text=text, token_ids=ids)
 
 
+def _read_list(tokens: Sequence[Any], reader: PieceReader) -> list[tuple[Piece | None, float | None]]:
+    refuse_repeated([token["id"] for token in tokens])
+    return [_read(token, reader) for token in tokens]
+
+
 def _read(token: Mapping[str, Any], reader: PieceReader) -> tuple[Piece | None, float | None]:
-    if type(token["id"]) is not int:
-        raise ValueError(f"id {token['id']!r}")
-    return reader.read(None, token_id=token["id"]), checked_logprob(token["logprob"])
+    return reader.read(None, token_id=checked_id(token["id"])), checked_logprob(token["logprob"])
 
 
 class TgiExpert(TextEndpoint):
@@ -88,7 +94,8 @@ class TgiExpert(TextEndpoint):
         self._client = client
 
     async def ask_text(self, messages: Sequence[Message], answer: str, ask: Ask) -> Reply:
-        data = await self._client.post_json("/generate", build_request(self.render(messages, answer), ask))
+        body = build_request(self.render(messages, answer), ask)
+        data = await self._client.post_json("/generate", body, num_entries=ask.num_entries())
         return parse_reply(data, PieceReader(self._tokenizer), expert=self.name)
 
     async def draw_text(self, messages: Sequence[Message], answer: str, ask: DrawAsk) -> Reply:

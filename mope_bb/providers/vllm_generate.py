@@ -25,6 +25,7 @@ from mope_bb.errors import (
     ProviderError,
     RequestError,
 )
+from mope_bb.failures import shown
 from mope_bb.providers.completions import ServedModel, choose_model, parse_models
 from mope_bb.providers.connect import load_served_tokenizer, open_client, required_url
 from mope_bb.providers.dialects import NATIVE
@@ -52,7 +53,7 @@ def build_request(ids: Sequence[int], ask: Ask, *, model: str) -> dict[str, Any]
 def parse_reply(data: Any, reader: PieceReader, *, expert: str) -> Reply:
     """The reply to one question. Raises LogprobsUnavailableError or MalformedResponseError."""
     if not isinstance(data, dict) or not isinstance(data.get("choices"), list):
-        raise MalformedResponseError(f"the reply has no `choices`: {str(data)[:100]!r}", expert=expert)
+        raise MalformedResponseError(f"the reply has no `choices`: {shown(data)}", expert=expert)
     choice = in_order(data["choices"], 1, expert=expert)[0]
     # Entries are those of a chat, with `token_id` in place of `token` and `bytes`.
     positions = parse_openai_logprobs(choice.get("logprobs"), reader, expert=expert)
@@ -97,10 +98,15 @@ class VllmGenerateExpert(IdEndpoint):
         reader = PieceReader(await self.tokenizer())
         body = build_request(ids, ask, model=(await self._find_model()).name)
         try:
-            data = await self._client.post_json(ROUTE, body)
+            data = await self._client.post_json(ROUTE, body, num_entries=ask.num_entries())
         except AuthenticationError as error:
             raise explain_refusal(error) from None
         return [parse_reply(data, reader, expert=self.name)]
+
+    async def identity(self) -> tuple[str, ...]:
+        # Without a name it is whatever is served.
+        served = [] if self._model is not None else [(await self._find_model()).name]
+        return (*await super().identity(), *served)
 
     async def _find_model(self) -> ServedModel:
         async with self._served_lock:

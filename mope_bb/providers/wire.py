@@ -6,12 +6,13 @@ entries of one position's list.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 from mope_bb.chat_tokenizer import ChatTokenizer
 from mope_bb.errors import LogprobsUnavailableError, MalformedResponseError
+from mope_bb.failures import shown
 from mope_bb.types import END, Piece
 
 TOKEN_ID_KEY: Final = "token_id:"
@@ -36,6 +37,11 @@ END_TOKENS: Final = (
     "<｜end▁of▁sentence｜>",
 )
 """Tokens that end an answer whatever the model's metadata say, as in llama.cpp's own list."""
+MAX_TOKEN_ID: Final = 2**31 - 1
+"""Engines count tokens in 32 bits; vocabularies end below a million."""
+MAX_PIECE_BYTES: Final = 1024
+"""The longest tokens in use, runs of spaces in the vocabularies of GPT-4 and Llama 3, have 128 bytes: what is much
+longer is no token."""
 Entry = tuple[Piece, float | None]
 """A piece with its natural logprob; None where the wire has no number."""
 
@@ -87,16 +93,22 @@ class PieceReader:
         self._tokenizer = tokenizer
         self._end_ids = frozenset(end_ids)
         self._end_texts = frozenset(end_texts)
-        self.known: dict[int, Piece] = {}
-        """Pieces that were read from lists, by id: lists name the same few hundred again and again."""
+        self.known: dict[int, tuple[Piece, object]] = {}
+        """Pieces that were read from lists, by id, with the bytes on the wire: lists name the same few hundred again
+        and again, and another model behind the same address names them otherwise."""
 
     def read(self, text: str | None, *, data: bytes | None = None, token_id: int | None = None) -> Piece | None:
-        """The piece; None where the wire does not tell which one it is."""
+        """The piece; None where the wire does not tell which one it is. Raises ValueError for what is no token."""
         if token_id is None and text is not None and text.startswith(TOKEN_ID_KEY):
-            token_id = int(text.removeprefix(TOKEN_ID_KEY))
+            token_id = _parse_id(text.removeprefix(TOKEN_ID_KEY))
             data = None  # vLLM spells "token_id:17" there as well
         if token_id is not None:
             return self._read_id(token_id, text, data)
+        return self.read_text(text, data=data)
+
+    def read_text(self, text: str | None, *, data: bytes | None = None) -> Piece | None:
+        """The same where `text` is what the model wrote, whatever it looks like."""
+        _check_length(text, data)
         if self._tokenizer is None and text in self._end_texts:
             return END
         if self._tokenizer is not None and text is not None:
@@ -112,13 +124,32 @@ class PieceReader:
         return Piece(data) if self._tokenizer is None else self._tokenizer.piece_of_bytes(data)
 
     def _read_id(self, token_id: int, text: str | None, data: bytes | None) -> Piece:
-        if token_id < 0:
-            raise ValueError(f"id {token_id}")
+        checked_id(token_id)
         if self._tokenizer is not None:
             return self._tokenizer.piece(token_id)
         if token_id in self._end_ids or text in self._end_texts:
             return END
+        _check_length(text, data)
         return Piece(data if data is not None else (text or "").encode(), token_id)
+
+
+def checked_id(value: object) -> int:
+    """A token id. Raises ValueError for anything else."""
+    if type(value) is not int or not 0 <= value <= MAX_TOKEN_ID:
+        raise ValueError(f"id {shown(value)}")
+    return value
+
+
+def _parse_id(text: str) -> int:
+    if not (text.isascii() and text.isdigit()):
+        raise ValueError(f"id {shown(text)}")
+    return int(text)
+
+
+def _check_length(text: str | None, data: bytes | None) -> None:
+    longest = max(len(text or ""), len(data or b""))
+    if longest > MAX_PIECE_BYTES:
+        raise ValueError(f"a token of {longest} bytes, expected at most {MAX_PIECE_BYTES}")
 
 
 def parse_openai_logprobs(logprobs: Any, reader: PieceReader, *, expert: str) -> tuple[Position, ...]:
@@ -148,16 +179,30 @@ def parse_openai_logprobs(logprobs: Any, reader: PieceReader, *, expert: str) ->
             for token, token_id, value, top in zip(tokens, ids, drawn, tops, strict=True)
         )
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise MalformedResponseError(f"`logprobs` is not in OpenAI's shape: {error!r}", expert=expert) from None
+        raise MalformedResponseError(f"`logprobs` is not in OpenAI's shape: {shown(error)}", expert=expert) from None
 
 
 def _parse_content(token: Mapping[str, Any], reader: PieceReader) -> Position:
     entries = token["top_logprobs"]
+    refuse_repeated([_identity_of(one) for one in entries])
     return build_position(
         [read_entry(entry, reader) for entry in entries],
         read_entry(token, reader),
         has_ids=all("id" in one or "token_id" in one or _is_id(one.get("token")) for one in entries),
     )
+
+
+def _identity_of(entry: Mapping[str, Any]) -> Hashable:
+    """Which token this is; without an id, two tokens may be of the same bytes, but hardly of the same logprob."""
+    token_id = entry.get("id", entry.get("token_id"))
+    data = entry.get("bytes")
+    return (entry.get("token"), str(data), entry["logprob"]) if token_id is None else token_id
+
+
+def refuse_repeated(tokens: Sequence[Hashable]) -> None:
+    """Raise ValueError where a list names a token twice: its probability would count twice."""
+    if len(set(tokens)) < len(tokens):
+        raise ValueError("a token stands twice in a list")
 
 
 def _dictionary(top: Any) -> Mapping[str, Any]:
@@ -177,18 +222,18 @@ def read_entry(entry: Mapping[str, Any], reader: PieceReader) -> tuple[Piece | N
     text, data = entry.get("token"), entry.get("bytes")
     token_id = entry.get("id", entry.get("token_id"))
     if not (text is None or isinstance(text, str)) or not (data is None or isinstance(data, list)):
-        raise ValueError(f"token {text!r}, bytes {data!r}")
-    if not (token_id is None or type(token_id) is int):
-        raise ValueError(f"id {token_id!r}")
+        raise ValueError(f"token {shown(text)}, bytes {shown(data)}")
     piece = reader.read(text, data=None if data is None else bytes(data), token_id=token_id)
     return piece, checked_logprob(entry["logprob"])
 
 
 def checked_logprob(value: object) -> float | None:
     """A number or null. Raises ValueError for anything else, such as a number written as text."""
-    if value is not None and type(value) not in (int, float):
-        raise ValueError(f"logprob {value!r}")
-    return value  # type: ignore[return-value]
+    if value is None or type(value) is float:
+        return value
+    if type(value) is not int or abs(value) > 2**53:
+        raise ValueError(f"logprob {shown(value)}")
+    return float(value)
 
 
 def build_position(
@@ -202,7 +247,11 @@ def build_position(
 def parse_usage(data: Mapping[str, Any]) -> int | None:
     """`usage.prompt_tokens`, where the endpoint tells."""
     usage = data.get("usage")
-    value = usage.get("prompt_tokens") if isinstance(usage, dict) else None
+    return as_count(usage.get("prompt_tokens")) if isinstance(usage, dict) else None
+
+
+def as_count(value: object) -> int | None:
+    """A number of tokens, where the endpoint tells one."""
     return value if type(value) is int else None
 
 
@@ -210,8 +259,8 @@ def in_order(choices: Any, num_prompts: int, *, expert: str) -> Sequence[Mapping
     """The `choices` of several prompts by their `index`. Raises MalformedResponseError."""
     try:
         found = {choice["index"]: choice for choice in choices}
-        if len(found) != len(choices):
-            raise KeyError("two choices have one index")
+        if len(found) != len(choices) or any(type(index) is not int for index in found):
+            raise KeyError("two choices have one index, or one has none")
         return [found[index] for index in range(num_prompts)]
     except (KeyError, TypeError):
         count = f"{len(choices)} choices" if isinstance(choices, list) else type(choices).__name__

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import TypeVar
@@ -12,6 +11,7 @@ import orjson
 
 from mope_bb.config import RewardConfig
 from mope_bb.errors import ConfigError, ProviderError, RewardError
+from mope_bb.keys import Key
 
 Client = TypeVar("Client")
 Question = TypeVar("Question")
@@ -56,13 +56,18 @@ def failed(dimension: str, reason: str, *, hint: str | None = None) -> RewardErr
     return RewardError(f"the reward model of {dimension!r} failed: {reason}", hint=hint)
 
 
-def read_key(dimension: str, config: RewardConfig) -> str | None:
-    """The key that `api_key_env` names, if it names one. Raises ConfigError where the variable is not set."""
+def read_key(dimension: str, config: RewardConfig) -> Key | None:
+    """The key that `api_key_env` names, if it names one. Raises ConfigError where there is none."""
     if config.api_key_env is None:
         return None
-    if key := os.environ.get(config.api_key_env):
+    what = f"dimension {dimension!r}: the environment variable {config.api_key_env!r}"
+    try:
+        key = Key.of_variable(config.api_key_env)
+    except ValueError as error:
+        raise ConfigError(f"{what} holds no key: {error}") from None
+    if key is not None:
         return key
     raise ConfigError(
-        f"dimension {dimension!r}: the environment variable {config.api_key_env!r} is not set",
+        f"{what} is not set",
         hint="Set it to the key, or leave `api_key_env` out for a server that wants none.",
     )

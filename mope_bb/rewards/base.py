@@ -306,7 +306,7 @@ class References:
             try:
                 found = json.loads(line)
                 self._texts.setdefault(_key(found["messages"]), str(found["text"]))
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 raise RewardError(
                     f"{str(path)!r}, line {number} is not a reference answer",
                     hint="Delete this line; its answer is then sampled again.",

@@ -138,11 +138,11 @@ def open_classifier(dimension: str, config: RewardConfig) -> ClassifierReward:
     # float32 on the CPU, where half precision is slow and inexact; the model's own type on a GPU.
     dtype = torch.float32 if device.type == "cpu" else "auto"
     try:
-        _check_labels(AutoConfig.from_pretrained(path), path)
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        _check_labels(AutoConfig.from_pretrained(path, trust_remote_code=False), path)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         with loading_weights():
             model, report = AutoModelForSequenceClassification.from_pretrained(
-                path, dtype=dtype, output_loading_info=True
+                path, dtype=dtype, output_loading_info=True, trust_remote_code=False
             )
     except RewardError:
         raise

@@ -15,6 +15,8 @@ from typing import Any, Final, NamedTuple
 from mope_bb.chat_tokenizer import as_openai
 from mope_bb.config import RewardConfig
 from mope_bb.errors import ConfigError, RewardError
+from mope_bb.failures import readable, shown
+from mope_bb.keys import Key
 from mope_bb.openai_client import OPENAI_URL, OpenAIClient
 from mope_bb.rewards.asking import ask_all, failed, read_key
 from mope_bb.rewards.base import Comparison, Conversation, PairwiseRewardModel, RewardModel
@@ -76,9 +78,9 @@ def parse_content(reply: Any) -> str:
     try:
         content = reply["choices"][0]["message"]["content"]
     except (KeyError, IndexError, TypeError):
-        raise RewardError(f"the judge's reply holds no message: {str(reply)[:200]}") from None
+        raise RewardError(f"the judge's reply holds no message: {shown(reply)}") from None
     if not isinstance(content, str):
-        raise RewardError(f"the judge's message has no text: {str(reply['choices'][0])[:200]}")
+        raise RewardError(f"the judge's message has no text: {shown(content)}")
     return content
 
 
@@ -86,7 +88,7 @@ def parse_verdict(text: str) -> float:
     """How far the first answer wins by {"verdict": "A"}, "B" or "TIE": 1, 0 or 0.5. Raises RewardError."""
     verdict = _only_field(text, "verdict")
     if not isinstance(verdict, str) or verdict not in _VALUES:
-        raise RewardError(f'the judge\'s verdict is {verdict!r}, expected "A", "B" or "TIE"')
+        raise RewardError(f'the judge\'s verdict is {shown(verdict)}, expected "A", "B" or "TIE"')
     return _VALUES[verdict]
 
 
@@ -94,7 +96,7 @@ def parse_grade(text: str) -> float:
     """The grade in {"grade": 7}, an integer from 1 to 10. Raises RewardError."""
     grade = _only_field(text, "grade")
     if isinstance(grade, bool) or not isinstance(grade, int) or not 1 <= grade <= MAX_GRADE:
-        raise RewardError(f"the judge's grade is {grade!r}, expected an integer from 1 to {MAX_GRADE}")
+        raise RewardError(f"the judge's grade is {shown(grade)}, expected an integer from 1 to {MAX_GRADE}")
     return float(grade)
 
 
@@ -110,7 +112,7 @@ def _only_field(text: str, name: str) -> Any:
     if isinstance(found, tuple) and len(found) == 1 and found[0][0] == name:
         return found[0][1]
     raise RewardError(
-        f"the judge replied {text[:200]!r}, expected a JSON object with {name!r} and nothing else",
+        f"the judge replied {readable(text, 200)!r}, expected a JSON object with {name!r} and nothing else",
         hint="Use a stronger model as the judge; one that thinks aloud must be served so that its thoughts are apart.",
     )
 
@@ -118,7 +120,7 @@ def _only_field(text: str, name: str) -> Any:
 class _Judge:
     """Asks questions of one judge."""
 
-    def __init__(self, dimension: str, config: RewardConfig, criterion: str, api_key: str | None) -> None:
+    def __init__(self, dimension: str, config: RewardConfig, criterion: str, api_key: Key | None) -> None:
         self.dimension = dimension
         self._config = config
         self._criterion = criterion
@@ -174,7 +176,7 @@ class PairwiseJudge(PairwiseRewardModel):
     It is 0, 0.25, 0.5, 0.75 or 1, so that a judge that goes by the order alone finds a tie.
     """
 
-    def __init__(self, dimension: str, config: RewardConfig, *, criterion: str, api_key: str | None = None) -> None:
+    def __init__(self, dimension: str, config: RewardConfig, *, criterion: str, api_key: Key | None = None) -> None:
         """`config` is of kind "judge"; the endpoint is first asked when needed."""
         self.dimension = dimension
         self._judge = _Judge(dimension, config, criterion, api_key)
@@ -208,7 +210,7 @@ class GradedJudge(RewardModel):
     Bradley-Terry: a chance of 0.73; two are 0.88.
     """
 
-    def __init__(self, dimension: str, config: RewardConfig, *, criterion: str, api_key: str | None = None) -> None:
+    def __init__(self, dimension: str, config: RewardConfig, *, criterion: str, api_key: Key | None = None) -> None:
         """`config` is of kind "judge"; the endpoint is first asked when needed."""
         self.dimension = dimension
         self._judge = _Judge(dimension, config, criterion, api_key)

@@ -18,6 +18,8 @@ from typing import Any, Final
 from mope_bb.chat_tokenizer import as_openai
 from mope_bb.config import RewardConfig
 from mope_bb.errors import RewardError
+from mope_bb.failures import shown
+from mope_bb.keys import Key
 from mope_bb.rewards.asking import ask_all, failed, read_key
 from mope_bb.rewards.base import Conversation, RewardModel, checked_score, win_probability
 from mope_bb.rewards.rendering import ChatRenderer, open_renderer
@@ -60,7 +62,7 @@ def parse_vllm_classify(reply: Any) -> float:
     entry = _only(_field(reply, "data", "the reply"), "data")
     probs = _field(entry, "probs", "data[0]")
     if (found := entry.get("num_classes")) != 1 or isinstance(found, bool):
-        raise RewardError(f"the served model has num_classes = {found!r}, a reward model has 1", hint=_LABELS_HINT)
+        raise RewardError(f"the served model has num_classes = {shown(found)}, a reward model has 1", hint=_LABELS_HINT)
     return _number(_only(probs, "probs", hint=_LABELS_HINT), "probs[0]")
 
 
@@ -145,7 +147,7 @@ class RemoteReward(RewardModel):
     """Asks a reward model server for each conversation."""
 
     def __init__(
-        self, dimension: str, config: RewardConfig, *, api_key: str | None = None, renderer: ChatRenderer | None = None
+        self, dimension: str, config: RewardConfig, *, api_key: Key | None = None, renderer: ChatRenderer | None = None
     ) -> None:
         """`config` is of kind "remote"; its server is first asked when needed. SGLang and TEI need a `renderer`."""
         self.dimension = dimension
@@ -239,7 +241,7 @@ def open_remote(dimension: str, config: RewardConfig) -> RemoteReward:
 def _field(data: Any, name: str, where: str) -> Any:
     if not isinstance(data, dict) or name not in data:
         raise RewardError(
-            f"{where} has no {name!r}: {str(data)[:100]}", hint="Does `provider` name the software behind `base_url`?"
+            f"{where} has no {name!r}: {shown(data)}", hint="Does `provider` name the software behind `base_url`?"
         )
     return data[name]
 
@@ -247,12 +249,12 @@ def _field(data: Any, name: str, where: str) -> Any:
 def _only(data: Any, where: str, *, hint: str | None = None) -> Any:
     """The entry of a list of one."""
     if not isinstance(data, list) or len(data) != 1:
-        found = f"{len(data)} entries" if isinstance(data, list) else f"{str(data)[:100]!r}"
+        found = f"{len(data)} entries" if isinstance(data, list) else shown(data)
         raise RewardError(f"{where} has {found}, expected a list of one", hint=hint)
     return data[0]
 
 
 def _number(value: Any, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise RewardError(f"{where} is {str(value)[:100]!r}, expected a number")
+    if type(value) is not float and (type(value) is not int or abs(value) > 2**53):
+        raise RewardError(f"{where} is {shown(value)}, expected a number")
     return float(value)

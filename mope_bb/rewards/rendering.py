@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mope_bb.chat_tokenizer import ChatTokenizer, as_openai
-from mope_bb.errors import ConfigError, RewardError
+from mope_bb.errors import ConfigError, RequestError, RewardError
 from mope_bb.rewards.base import Conversation
 
 
@@ -20,9 +20,12 @@ class ChatRenderer:
 
     def check(self, conversation: Conversation) -> None:
         """Raise RewardError for a message that holds a control token: it could rewrite the conversation."""
-        for message in conversation:
-            if (token := self._controls.control_token_in(message.content)) is not None:
-                raise RewardError(f"a message holds {token!r}, one of the model's control tokens")
+        try:
+            token = self._controls.control_token_in_chat(conversation, is_answered=True)
+        except RequestError as error:
+            raise RewardError(error.message) from None
+        if token is not None:
+            raise RewardError(f"a message holds {token!r}, one of the model's control tokens")
 
     def render(self, conversation: Conversation) -> str:
         """The whole conversation, ready for a server that tokenizes it. Raises RewardError, also as `check` does."""
@@ -49,7 +52,7 @@ def open_renderer(path: str) -> ChatRenderer:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # noqa: BLE001  # transformers raises whatever its parsers raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigError(f"the tokenizer {path!r} cannot be loaded: {reason}") from None

@@ -73,8 +73,10 @@ def load_state(checkpoint: Path) -> TrainerState:
     """What `save_checkpoint` wrote beside the PCM. Raises CheckpointError."""
     try:
         facts = json.loads((checkpoint / "trainer.json").read_text(encoding="utf-8"))
+        if not isinstance(facts, dict):
+            raise ValueError(f"trainer.json holds {type(facts).__name__}, expected an object")
         return TrainerState(load_file(checkpoint / "trainer.safetensors"), facts)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
         raise CheckpointError(
             f"the run cannot go on from {str(checkpoint)!r}: {error}",
             hint="Start a new run with this folder as `path` in [pcm]: the weights themselves may be whole.",

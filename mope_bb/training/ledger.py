@@ -174,6 +174,9 @@ class Ledger:
             hint="Is there room on the disk? Nothing that was finished is lost; go on with --resume.",
         )
 
+    def _strange(self, error: Exception) -> TrainingError:
+        return TrainingError(f"the ledger {str(self._path)!r} holds what mope-bb does not write: {error}")
+
     def dispatch(self, pairs: Sequence[Dispatch]) -> None:
         """Before they are sampled. A pair that an earlier process left unfinished is counted again."""
         with self._transaction() as database:
@@ -257,10 +260,19 @@ class Ledger:
             f" WHERE state != 'dispatched' AND {condition} ORDER BY id",  # conditions are written here
             values,
         )
-        return [
-            Ended(pair_id, version, None if first is None or second is None else (first, second), error)
-            for pair_id, version, first, second, error in rows
-        ]
+        try:
+            return [
+                # SQLite keeps what it is given, whatever the column says: a ledger may come from a stranger.
+                Ended(
+                    int(pair_id),
+                    int(version),
+                    None if first is None or second is None else (float(first), float(second)),
+                    None if error is None else str(error),
+                )
+                for pair_id, version, first, second, error in rows
+            ]
+        except (TypeError, ValueError, OverflowError) as error:
+            raise self._strange(error) from None
 
     def forget_rollouts(self, num_steps: int) -> None:
         """Free the bytes of answers up to step `num_steps`, which no resume can need any more."""
@@ -274,7 +286,13 @@ class Ledger:
     def references(self) -> dict[str, tuple[str, dict[str, float]]]:
         """Prompt -> reference answer and its scores by dimension."""
         rows = self._database.execute("SELECT prompt, text, scores FROM reference_answers")
-        return {prompt: (text, json.loads(scores)) for prompt, text, scores in rows}
+        try:
+            return {
+                str(prompt): (str(text), {str(name): float(score) for name, score in json.loads(scores).items()})
+                for prompt, text, scores in rows
+            }
+        except (TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
+            raise self._strange(error) from None
 
     def put_references(self, texts: Mapping[str, str]) -> None:
         """Keep reference answers; the first of a prompt counts."""

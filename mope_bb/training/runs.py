@@ -106,7 +106,9 @@ def check_same_run(folder: Path, document: Mapping[str, Any]) -> None:
     """Raise ConfigError, naming the first difference, unless `document` describes the run begun in `folder`."""
     try:
         before: Any = json.loads((folder / FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        if not isinstance(before, dict) or not isinstance(before.get("train", {}), dict):
+            raise ValueError(f"{FILE} does not describe a run")
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"the run in {str(folder)!r} cannot be resumed: {error}") from None
     now = json.loads(json.dumps(document))
     for one in (before, now):
@@ -138,5 +140,5 @@ def keep_rows(file: Path, num_steps: int) -> None:
         temporary = file.with_name(f".{file.name}.tmp")
         temporary.write_text("".join(kept), encoding="utf-8")
         temporary.replace(file)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ConfigError(f"{str(file)!r} cannot be read or written: {error}") from None

@@ -175,7 +175,8 @@ def load_prompts(path: Path) -> tuple[tuple[Message, ...], ...]:
     if path.is_dir():
         return _load_dataset(path)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not `splitlines`: JSON may hold its other line ends, such as U+2028, inside of texts.
+        lines = path.read_text(encoding="utf-8").split("\n")
     except FileNotFoundError:
         raise ConfigError(f"there is no prompt file {str(path)!r}", hint="Set `prompts` in [train].") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -220,7 +221,7 @@ def _load_dataset(path: Path) -> tuple[tuple[Message, ...], ...]:
 def _parse_line(line: str, where: str) -> tuple[Message, ...]:
     try:
         found: Any = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{where}: not valid JSON: {error}") from None
     return _parse_prompt(found, where)
 
@@ -230,7 +231,7 @@ def _parse_prompt(found: Any, where: str) -> tuple[Message, ...]:
     if not isinstance(found, dict):
         raise ConfigError(f"{where}: {type(found).__name__}, expected an object", hint=hint)
     if isinstance(found.get("prompt"), str) and found["prompt"].strip():
-        return (Message("user", found["prompt"]),)
+        return _checked((Message("user", found["prompt"]),), where)
     messages = found.get("messages")
     if not isinstance(messages, list) or not messages:
         raise ConfigError(f"{where}: neither `prompt` nor `messages`", hint=hint)
@@ -242,4 +243,13 @@ def _parse_prompt(found: Any, where: str) -> tuple[Message, ...]:
         parsed.append(Message(message["role"], message["content"]))
     if parsed[-1].role != "user":
         raise ConfigError(f"{where}: the last message is the {parsed[-1].role}'s, expected the user's", hint=hint)
-    return tuple(parsed)
+    return _checked(tuple(parsed), where)
+
+
+def _checked(messages: tuple[Message, ...], where: str) -> tuple[Message, ...]:
+    for message in messages:
+        try:
+            message.content.encode()
+        except UnicodeEncodeError:
+            raise ConfigError(f"{where}: a message holds half of a surrogate pair, which is no text") from None
+    return messages

@@ -29,6 +29,7 @@ from torch import Tensor
 from mope_bb.config import TrainConfig
 from mope_bb.errors import (
     AllRolloutsFailedError,
+    CheckpointError,
     ConfigError,
     MopeError,
     StalledError,
@@ -453,18 +454,23 @@ class Trainer:
         last = self.checkpoints / LAST
         if last.exists():
             state = load_state(last)
-            facts = state.facts
-            self._num_steps = self._num_saved = int(facts["num_steps"])
-            self._first_version = int(facts["first_version"])
-            self._started = time.monotonic() - float(facts["seconds"])
-            self._weights_of(state, "policy", self._num_steps).load_into(self._setup.pcm)
-            self._snapshots = {v: self._weights_of(state, f"snapshot.{v}", v) for v in map(int, facts["snapshots"])}
-            optimizer = {
-                name.removeprefix("optimizer."): value
-                for name, value in state.tensors.items()
-                if name.startswith("optimizer.")
-            }
-            self._learner = self._open_learner(float(facts["eta"]), optimizer)
+            try:
+                facts = state.facts
+                self._num_steps = self._num_saved = int(facts["num_steps"])
+                self._first_version = int(facts["first_version"])
+                self._started = time.monotonic() - float(facts["seconds"])
+                self._weights_of(state, "policy", self._num_steps).load_into(self._setup.pcm)
+                self._snapshots = {v: self._weights_of(state, f"snapshot.{v}", v) for v in map(int, facts["snapshots"])}
+                optimizer = {
+                    name.removeprefix("optimizer."): value
+                    for name, value in state.tensors.items()
+                    if name.startswith("optimizer.")
+                }
+                self._learner = self._open_learner(float(facts["eta"]), optimizer)
+            except MopeError:
+                raise
+            except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
+                raise CheckpointError(f"the run cannot go on from {str(last)!r}: {error!r:.200}") from None
         in_step = bool(self._setup.bench.models)
         restored = self._ledger.restore(self._num_steps, group_size=self._options.batch_size if in_step else 1)
         self._waiting = {one.pair_id: self._waiting_again(one) for one in restored.ended}

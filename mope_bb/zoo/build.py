@@ -189,7 +189,7 @@ def _build_model(root: Path, name: str, manifest: dict[str, Any], progress: Prog
             tokenizer = train_tokenizer(seed)
             model = new_model(recipe, tokenizer, seed)
         else:
-            tokenizer = AutoTokenizer.from_pretrained(root / "base")
+            tokenizer = AutoTokenizer.from_pretrained(root / "base", trust_remote_code=False)
             model = LlamaForCausalLM.from_pretrained(root / "base")
         loss = train(model, tokenizer, recipe, pole=pole, seed=seed, progress=lambda share: progress(name, share))
         temporary = root / f".{name}.tmp"
@@ -242,7 +242,7 @@ def _build_reward(root: Path, pole: str, manifest: dict[str, Any], progress: Cal
     recipe, seed, base = REWARD_RECIPES[manifest["size"]], manifest["seed"], root / "base"
     folder, temporary = root / "rewards" / pole, root / ".reward.tmp"
     with _no_progress_bars():
-        tokenizer = AutoTokenizer.from_pretrained(base)
+        tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
         tokenizer.pad_token = PADDING
         model = new_reward_model(base, tokenizer)
         loss = train_reward(model, tokenizer, recipe, pole=pole, seed=seed, progress=progress)

@@ -31,7 +31,7 @@ def export_gguf(folder: Path, target: Path) -> None:
     from transformers import AutoTokenizer, LlamaForCausalLM
 
     model = LlamaForCausalLM.from_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     writer = gguf.GGUFWriter(target, "llama")
     _write_shape(writer, model.config, target.stem)
     _write_tokenizer(writer, tokenizer)

@@ -110,7 +110,7 @@ def evaluate(zoo: Zoo, show: Callable[[str], None] = print) -> dict[str, Quality
         show(_line(label, found[label]))
 
     asked = tasks(held_out=True)
-    tokenizer = AutoTokenizer.from_pretrained(zoo.folder("base"))
+    tokenizer = AutoTokenizer.from_pretrained(zoo.folder("base"), trust_remote_code=False)
     for name in zoo.names:
         model = LlamaForCausalLM.from_pretrained(zoo.folder(name)).eval()
         add(name, model, [_question(task, i) for i, task in enumerate(asked * 4)], asked * 4)

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from mope_bb import transport
 from mope_bb.config import RewardConfig, parse_config
 from mope_bb.errors import ConfigError, RewardError
+from mope_bb.keys import Key
 from mope_bb.rewards.base import Comparison, RewardPanel, Scored, win_probability
 from mope_bb.rewards.judge import (
     GradedJudge,
@@ -114,7 +115,12 @@ def compare(
     """What comes of comparisons."""
 
     def call() -> Any:
-        judge = PairwiseJudge("polite", settings_of(stand_in, **options), criterion=CRITERION, api_key=api_key)
+        judge = PairwiseJudge(
+            "polite",
+            settings_of(stand_in, **options),
+            criterion=CRITERION,
+            api_key=None if api_key is None else Key(api_key),
+        )
         return judge.compare(pairs(*texts))
 
     found: list[float | RewardError] = during(stand_in, call)
@@ -272,7 +278,7 @@ def test_azure() -> None:
 
     def call() -> Any:
         options = {"base_url": stand_in.url, "api_version": "2026-10-01"}
-        judge = PairwiseJudge("polite", settings_of(stand_in, **options), criterion=CRITERION, api_key="sk-1")
+        judge = PairwiseJudge("polite", settings_of(stand_in, **options), criterion=CRITERION, api_key=Key("sk-1"))
         return judge.compare(pairs(("mine", "s")))
 
     assert during(stand_in, call) == [1.0]

@@ -15,6 +15,7 @@ from aiohttp import web
 from mope_bb import transport
 from mope_bb.config import RewardConfig, load_config, parse_config
 from mope_bb.errors import ConfigError, RewardError
+from mope_bb.keys import Key
 from mope_bb.rewards.base import Scored, win_probability
 from mope_bb.rewards.registry import open_reward_panel
 from mope_bb.rewards.remote import (
@@ -112,7 +113,7 @@ def model_of(stand_in: StandIn, provider: str = "vllm", *, api_key: str | None =
     settings = {"base_url": stand_in.url, "max_retries": 1, **({"tokenizer": "rm"} if needs_text else {}), **options}
     config = RewardConfig.model_validate({"kind": "remote", "provider": provider, **settings})
     renderer = ChatRenderer(build_tokenizer(), source="rm") if config.tokenizer else None
-    return RemoteReward("polite", config, api_key=api_key, renderer=renderer)
+    return RemoteReward("polite", config, api_key=None if api_key is None else Key(api_key), renderer=renderer)
 
 
 def ask(stand_in: StandIn, answers: Sequence[str], provider: str = "vllm", **options: Any) -> list[Any]:

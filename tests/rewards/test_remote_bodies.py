@@ -127,7 +127,7 @@ def test_what_is_no_number_is_refused(provider: str, score: Any) -> None:
         (parse_vllm_classify, vllm(0.1, num_classes=None), "num_classes = None"),
         (parse_vllm_classify, vllm(0.1, probs=[]), "probs has 0 entries"),
         (parse_vllm_classify, vllm(0.1, probs=[0.1, 0.9]), "probs has 2 entries"),
-        (parse_vllm_classify, vllm(0.1, probs=0.1), "probs has '0.1'"),
+        (parse_vllm_classify, vllm(0.1, probs=0.1), "probs has 0.1"),
         (parse_vllm_classify, {**vllm(0.1), "data": []}, "data has 0 entries"),
         (parse_vllm_classify, {**vllm(0.1), "data": vllm(0.1)["data"] * 2}, "data has 2 entries"),
         (parse_vllm_classify, {**vllm(0.1), "data": vllm(0.1)["data"][0]}, "data has"),

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from mope_bb.config import Config, load_config, parse_config
-from mope_bb.errors import AllRolloutsFailedError, StalledError
+from mope_bb.errors import AllRolloutsFailedError, BudgetError, StalledError
 from mope_bb.pcm.bench import ExpertBench
 from mope_bb.pcm.mixture import MergeRule
 from mope_bb.pcm.model import PreferenceControlModel, load_pcm
@@ -30,13 +30,20 @@ from mope_bb.training.runs import TrainingSetup
 from mope_bb.training.tasks import open_tasks
 from mope_bb.training.trainer import Trainer
 from mope_bb.types import Message
+from mope_bb.usage import Account
 from mope_bb.zoo.serving import ZooServer
 from tests.proxy import FAULTS, Proxy, running
 from tests.training.shop import REPOSITORY
 
 PROMPTS = tuple((Message("user", f"How do I fix a {thing}?"),) for thing in ("bike", "chair", "boat"))
 NAMES = ("base", "concise", "friendly")
-TRAIN = {"max_steps": 3, "batch_size": 4, "max_tokens": 8, "max_in_flight": 8, "preferences": {"sentences": 0}}
+TRAIN: dict[str, Any] = {
+    "max_steps": 3,
+    "batch_size": 4,
+    "max_tokens": 8,
+    "max_in_flight": 8,
+    "preferences": {"sentences": 0},
+}
 
 
 def score(messages: list[dict[str, Any]], answer: str) -> float:
@@ -59,7 +66,14 @@ class Runs:
     proxy: Proxy
     path: Path
 
-    def config(self, *, expert: dict[str, Any] | None = None, mode: str = "lockstep", **train: Any) -> Config:
+    def config(
+        self,
+        *,
+        expert: dict[str, Any] | None = None,
+        mode: str = "lockstep",
+        budget: dict[str, Any] | None = None,
+        **train: Any,
+    ) -> Config:
         """The experts at the proxy's address; `expert` are settings of each. In lockstep questions can be counted."""
         data = self.server.config_data()
         data["experts"] = [
@@ -68,12 +82,14 @@ class Runs:
             if one["name"] in NAMES
         ]
         data["dimensions"] = {name: data["dimensions"][name] for name in NAMES[1:]}
-        return parse_config({**data, "presets": {}, "decoding": {"mode": mode}, "train": {**TRAIN, **train}})
+        sections = {"presets": {}, "decoding": {"mode": mode}, "budget": budget or {}, "train": {**TRAIN, **train}}
+        return parse_config({**data, **sections})
 
     def train(self, config: Config, *, reward: Any = score, resume: bool = False) -> list[StepMetrics]:
         """Run it to its end."""
         found: list[StepMetrics] = []
-        with ExpertBench(config, NAMES) as bench:
+        account = Account.of(config)
+        with ExpertBench(config, NAMES, account) as bench:
             trainer = Trainer(
                 TrainingSetup(
                     config=config,
@@ -83,6 +99,7 @@ class Runs:
                     panel=RewardPanel({name: FunctionReward(name, reward) for name in NAMES[1:]}),
                     prompts=PROMPTS,
                     output_dir=self.path / "run",
+                    account=account,
                 )
             )
             trainer.run(lambda metrics, share: found.append(metrics), resume=resume)
@@ -132,6 +149,30 @@ def test_it_trains_over_http(runs: Runs) -> None:
     assert load_pcm(str(runs.path / "run" / "checkpoints" / "last")).policy_version == 3
 
 
+def test_a_budget_ends_the_run_and_a_larger_one_goes_on(runs: Runs) -> None:
+    """It counts over all processes of the run; what was finished is kept, and nothing of it is asked again."""
+    with pytest.raises(BudgetError, match="max_tokens_billed"):
+        runs.train(runs.config(budget={"max_tokens_billed": 4000}))
+    with sqlite3.connect(runs.path / "run" / "ledger.sqlite3") as database:
+        (num_rollouts,) = database.execute("SELECT COUNT(*) FROM rollouts").fetchone()
+        calls, told, read, drawn = database.execute(
+            "SELECT SUM(num_calls), SUM(num_told), SUM(input_tokens), SUM(output_tokens) FROM usage"
+        ).fetchone()
+    assert num_rollouts > 0
+    assert read + drawn >= 4000
+    num_requests = runs.proxy.num_requests
+    # Those that were given up when the run ended have told nothing.
+    assert told <= num_requests <= told + TRAIN["max_in_flight"] * len(NAMES)
+    with pytest.raises(BudgetError, match="max_tokens_billed"):
+        runs.train(runs.config(budget={"max_tokens_billed": 4000}), resume=True)
+    assert runs.proxy.num_requests == num_requests
+    found = runs.train(runs.config(budget={"max_tokens_billed": 1_000_000}), resume=True)
+    assert [metrics.step for metrics in found][-1] == 3
+    with sqlite3.connect(runs.path / "run" / "ledger.sqlite3") as database:
+        (more,) = database.execute("SELECT SUM(num_calls) FROM usage").fetchone()
+    assert more >= calls + runs.proxy.num_requests - num_requests
+
+
 def test_it_trains_on_answers_written_ahead(runs: Runs) -> None:
     """Drafts and scores instead of a question for each token: fewer requests, and the same bounds."""
     config = runs.config(mode="draft", expert={"max_prompts": 1})
@@ -150,7 +191,8 @@ def test_questions_travel_together(runs: Runs) -> None:
     single = Runs(runs.server, runs.proxy, runs.path / "single")
     single.train(single.config(expert={"max_prompts": 1}))
     assert sum(runs.proxy.questions.values()) == runs.proxy.num_requests
-    assert together > 1.5
+    # Equal ones are asked once, so fewer are left to travel together.
+    assert together > 1.2
 
 
 def test_a_tenth_of_the_calls_fails(runs: Runs) -> None:

@@ -31,6 +31,7 @@ from mope_bb.errors import (
     RequestError,
     ServerError,
 )
+from mope_bb.keys import Key
 from mope_bb.openai_client import OpenAIClient, _WholeReplies, map_openai_error
 from mope_bb.transport import Endpoint
 from tests.unit.test_failures import EXPECTED as EXPECTED_OF_HTTPX
@@ -121,9 +122,9 @@ def test_only_what_is_configured_goes_out(monkeypatch: pytest.MonkeyPatch) -> No
     usual = {"accept", "accept-encoding", "connection", "content-length", "content-type", "host", "user-agent"}
     cases: list[tuple[dict[str, Any], dict[str, str]]] = [
         ({}, {}),
-        ({"api_key": "sk-1"}, {"authorization": "Bearer sk-1"}),
+        ({"api_key": Key("sk-1")}, {"authorization": "Bearer sk-1"}),
         ({"api_version": "v"}, {}),
-        ({"api_version": "v", "api_key": "sk-1"}, {"api-key": "sk-1"}),
+        ({"api_version": "v", "api_key": Key("sk-1")}, {"api-key": "sk-1"}),
     ]
     for options, keys in cases:
         seen = Requests()

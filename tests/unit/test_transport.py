@@ -25,6 +25,7 @@ from mope_bb.errors import (
     RequestError,
     ServerError,
 )
+from mope_bb.keys import Key
 from mope_bb.limits import MAX_RETRY_AFTER_S
 from mope_bb.transport import HttpClient
 
@@ -139,7 +140,7 @@ def test_the_key_travels_in_the_header(api_key: str | None, expected: str | None
         seen.append(request.headers.get("authorization"))
         return web.json_response(1)
 
-    ask([handler], api_key=api_key)
+    ask([handler], api_key=None if api_key is None else Key(api_key))
     assert seen == [expected]
 
 
@@ -378,7 +379,7 @@ def test_cancellation_is_not_retried_and_closes_the_connection() -> None:
 def test_a_key_and_a_user_name_are_refused() -> None:
     """Both would stand in the same header."""
     with pytest.raises(ConfigError, match="user name"):
-        HttpClient("http://me:secret@localhost", provider="p", expert="short", api_key="sk-1")
+        HttpClient("http://me:secret@localhost", provider="p", expert="short", api_key=Key("sk-1"))
 
 
 def test_many_at_once_wait_for_their_turn() -> None:

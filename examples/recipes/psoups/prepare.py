@@ -13,7 +13,7 @@ HERE = Path(__file__).parent
 
 def write_tokenizer(model: str, folder: Path) -> None:
     """Tulu's tokenizer has no chat template of its own."""
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     tokenizer.chat_template = (HERE / "tulu.jinja").read_text(encoding="utf-8")
     tokenizer.save_pretrained(folder)
 
