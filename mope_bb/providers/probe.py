@@ -43,12 +43,14 @@ from mope_bb.providers.pool import allowed_top_k
 from mope_bb.providers.probe_ahead import drafts_as_asked, scores_as_asked
 from mope_bb.providers.probe_draws import DrawProbe
 from mope_bb.providers.registry import open_expert
-from mope_bb.providers.wire import Reply, is_whole_text
+from mope_bb.providers.wire import Entry, Reply, is_whole_text
 from mope_bb.types import END, Context, Message, Piece
 
 QUESTIONS: Final = ("How do I fix a bike?", "What is a good name for a cat?", "Tell me about the moon.")
 WALK: Final = 128
 """Tokens within which an answer is expected to end."""
+NUM_DRAWS: Final = 4
+"""How often chance is tried until it has shown what there is to see."""
 TOGETHER: Final = 24
 """Tokens that the models of one server draw at the same time."""
 NUM_TIMED: Final = 5
@@ -290,9 +292,19 @@ class _Probe:
 
     async def _walk(self) -> Reply:
         """An answer that the endpoint draws itself, at temperature 1, so that not only best pieces are drawn."""
-        if self._walked is None:
-            self._walked = await self._observe(Ask(self._top_k, num_tokens=WALK, temperature=1.0))
+        for _ in range(NUM_DRAWS):
+            if self._walked is None or all(one.drawn == best_piece(one) for one in self._walked.positions):
+                self._walked = await self._observe(Ask(self._top_k, num_tokens=WALK, temperature=1.0))
+        assert self._walked is not None
         return self._walked
+
+    async def _list_when_drawing(self, temperature: float) -> Sequence[Entry]:
+        """The list beside a drawn token; some leave it out where the end or half a character is drawn."""
+        for _ in range(NUM_DRAWS):
+            reply = await self._observe(Ask(self._top_k, temperature=temperature))
+            if reply.positions:
+                break
+        return first_position(reply).entries
 
     async def _order(self) -> None:
         lists = [(position, [value for _, value in position.entries]) for position in (await self._walk()).positions]
@@ -400,8 +412,7 @@ class _Probe:
             self._add("end of answer", "unknown", f"none in {WALK} tokens")
 
     async def _scale(self) -> None:
-        at_one = first_position(await self._observe(Ask(self._top_k, temperature=1.0))).entries
-        at_half = first_position(await self._observe(Ask(self._top_k, temperature=0.5))).entries
+        at_one, at_half = await self._list_when_drawing(1.0), await self._list_when_drawing(0.5)
         growth = slope(at_one, at_half)
         if growth is None:
             self._add("scale", "unknown", "too few pieces")

@@ -26,7 +26,7 @@ from tests.chaos.server import ChaosServer, Plan, make_plan, running, what_was_s
 from tests.chaos.truth import DIALECTS, Question, Truth
 
 SEED: Final = 7
-NUM_CALLS: Final = 1500
+NUM_CALLS: Final = 1000
 MAX_RETRIES: Final = 1
 SHORT: Final = {"timeout_s": 3.0, "attempt_timeout_s": 0.8, "max_retries": MAX_RETRIES}
 """The deadlines of an endpoint that always fails."""

@@ -225,7 +225,8 @@ def test_the_key_is_sent() -> None:
 
 def test_nobody_there() -> None:
     """A port where nobody listens is an error for each conversation."""
-    model = RemoteReward("polite", RewardConfig(kind="remote", provider="vllm", base_url="http://127.0.0.1:1"))
+    config = RewardConfig(kind="remote", provider="vllm", base_url="http://127.0.0.1:1", max_retries=1)
+    model = RemoteReward("polite", config)
     for error in model.score([TALK, TALK[1:]]):
         assert isinstance(error, RewardError)
         assert "no connection to http://127.0.0.1:1/classify" in str(error)
