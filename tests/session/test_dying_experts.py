@@ -46,7 +46,9 @@ def answer_with_a_death(
 
     async def run() -> Answer:
         async with open_session(config) as session:
-            stream = session.stream("How do I fix a bike?", preference=preference, max_tokens=24, temperature=0.0, **options)
+            stream = session.stream(
+                "How do I fix a bike?", preference=preference, max_tokens=24, temperature=0.0, **options
+            )
             if after == 0:
                 proxy.fault_rate = 1.0
             async for _ in stream:
