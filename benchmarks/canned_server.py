@@ -23,7 +23,7 @@ END_ID: Final = 2
 def build_reply() -> bytes:
     """One position with the 20 best tokens."""
     entries: list[dict[str, Any]] = [
-        {"id": 100 + rank, "token": f" {letter}", "bytes": list(f" {letter}".encode()), "logprob": -0.5 - 0.31 * rank}
+        {"id": 100 + rank, "token": f" {letter}", "bytes": list(f" {letter}".encode()), "logprob": -1.5 - 0.31 * rank}
         for rank, letter in enumerate(string.ascii_lowercase[:20])
     ]
     position = {**entries[0], "top_logprobs": entries}

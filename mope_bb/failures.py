@@ -168,13 +168,13 @@ def _number(text: str | None) -> float | None:
 
 
 def server_message(body: bytes) -> str:
-    """The human part of an error body: OpenAI's shape, a flat message, or the beginning of the text."""
+    """The human part of an error body: OpenAI's shape, FastAPI's, a flat message, or the beginning of the text."""
     try:
         data = orjson.loads(body)
     except orjson.JSONDecodeError:
         return excerpt(body)
     inner = data.get("error", data) if isinstance(data, dict) else data
-    message = inner.get("message", inner) if isinstance(inner, dict) else inner
+    message = inner.get("message", inner.get("detail", inner)) if isinstance(inner, dict) else inner
     metadata = inner.get("metadata") if isinstance(inner, dict) else None
     # OpenRouter's own message is "Provider returned error"; what the provider said stands here.
     raw = metadata.get("raw") if isinstance(metadata, dict) else None
