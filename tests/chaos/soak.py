@@ -139,8 +139,9 @@ def describe(held: list[Held], closed: Held) -> dict[str, Any]:
     return {
         "num_calls": held[-1].num_calls,
         "num_measured": len(steady),
-        "mib_per_100_000_calls": round(slope(steady, "mib"), 3),
-        "rss_mib_per_100_000_calls": round(slope(steady, "rss_mib"), 3),
+        "mib_per_100_000_calls": round(slope(steady, "mib")[0], 3),
+        "standard_error": round(slope(steady, "mib")[1], 3),
+        "rss_mib_per_100_000_calls": round(slope(steady, "rss_mib")[0], 3),
         "mib": [held[0].mib, held[-1].mib, closed.mib],
     }
 
@@ -253,18 +254,29 @@ def measure_held(num_calls: int) -> Held:
     )
 
 
-def slope(held: list[Held], name: str) -> float:
-    """MiB for each 100,000 calls, by least squares."""
-    calls = np.array([one.num_calls for one in held], dtype=np.float64)
-    return float(np.polyfit(calls, [getattr(one, name) for one in held], 1)[0] * 100_000)
+def slope(held: list[Held], name: str) -> tuple[float, float]:
+    """MiB for each 100,000 calls, by least squares, and its standard error."""
+    calls = np.array([one.num_calls for one in held], dtype=np.float64) / 100_000
+    values = np.array([getattr(one, name) for one in held])
+    spread = calls - calls.mean()
+    found = float(spread @ values / (spread @ spread))
+    rest = values - values.mean() - found * spread
+    return found, float(np.sqrt(rest @ rest / max(1, len(held) - 2) / (spread @ spread)))
 
 
 def broken(found: dict[str, Any]) -> list[str]:
     """What must not be."""
-    growth = {part: found[part]["mib_per_100_000_calls"] for part in ("chat", "training")}
+    # Two standard errors: on a slow machine few calls tell little.
+    growth = {
+        part: found[part]["mib_per_100_000_calls"] - 2 * found[part]["standard_error"] for part in ("chat", "training")
+    }
     left = {name: found[name] for name in ("descriptors_left", "threads_left", "tasks_left")}
     return [
-        *(f"{part} grows by {value} MiB in 100,000 calls" for part, value in growth.items() if value > MOST_MIB),
+        *(
+            f"{part} grows by {value:.2f} MiB or more in 100,000 calls"
+            for part, value in growth.items()
+            if value > MOST_MIB
+        ),
         *(f"{name}: {value}" for name, value in left.items() if value > 0),
     ]
 
