@@ -6,12 +6,10 @@ Results: evidence/faults.json. Each part is kept when it is done, so that an int
 from __future__ import annotations
 
 import asyncio
-import json
 import os
-import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,8 +21,7 @@ from tests.chaos.measure import measure_mixed_faults
 from tests.chaos.pacing import measure_moving_limit, measure_retry_after
 from tests.chaos.server import in_process
 from tests.chaos.truth import Truth
-from tests.evidence import FOLDER, machine_facts, tell
-from tests.evidence_training import commit
+from tests.evidence_parts import measure_parts
 from tests.fuzz.measure import measure as measure_fuzz
 
 NUM_CALLS: Final = 100_000
@@ -36,31 +33,16 @@ SOAK_S: Final = 480.0
 
 def main() -> None:
     """Measure, write, and fail if a promise is broken."""
-    folder = Path(".cache/evidence") / f"faults-{commit()}"
-    folder.mkdir(parents=True, exist_ok=True)
-    chosen = sys.argv[1:] or list(PARTS)
-    results: dict[str, Any] = {"command": "make evidence", "machine": machine_facts()}
-    for name, part in PARTS.items():
-        file = folder / f"{name}.json"
-        if name in chosen and not file.exists():
-            tell(name)
-            began = time.monotonic()
-            found = part()
-            facts = {"result": found, "seconds": round(time.monotonic() - began, 1)}
-            file.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-        if file.exists():
-            results[name] = json.loads(file.read_text(encoding="utf-8"))
-    results["broken"] = broken_promises(results)
-    FOLDER.mkdir(exist_ok=True)
-    (FOLDER / "faults.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    tell(f"wrote {FOLDER / 'faults.json'}")
-    sys.exit(f"broken: {results['broken']}" if results["broken"] else 0)
+    measure_parts("faults", {part: partial(wrapped, measure) for part, measure in PARTS.items()}, broken_promises)
+
+
+def wrapped(measure: Callable[[], Any]) -> dict[str, Any]:
+    """Some parts have a list of results."""
+    return {"result": measure()}
 
 
 def broken_promises(results: dict[str, Any]) -> list[str]:
     """What docs/promises.md says and these results do not keep."""
-    if missing := [name for name in PARTS if name not in results]:
-        return [f"{name}: not measured" for name in missing]
     found = {name: results[name]["result"] for name in PARTS}
     mixed = found["mixed_faults"]
     return [

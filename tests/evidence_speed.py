@@ -5,19 +5,15 @@ Results: evidence/speed.json. Each part is kept when it is done, so that an inte
 
 from __future__ import annotations
 
-import json
-import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import Any, Final
 from unittest.mock import patch
 
 from mope_bb.pcm import decode as decoding
-from tests.evidence import FOLDER, machine_facts, tell
-from tests.evidence_training import commit
+from tests.evidence import tell
+from tests.evidence_parts import measure_parts
 from tests.speculation.measure import (
     MODES,
     SETUPS,
@@ -37,32 +33,11 @@ NUM_ANSWERS: Final = 100_000
 
 def main() -> None:
     """Measure, write, and fail if a promise is broken."""
-    started = time.monotonic()
-    folder = Path(".cache/evidence") / f"speed-{commit()}"
-    folder.mkdir(parents=True, exist_ok=True)
-    chosen = sys.argv[1:] or list(PARTS)
-    results: dict[str, Any] = {"command": "make evidence", "machine": machine_facts()}
-    for name, part in PARTS.items():
-        file = folder / f"{name}.json"
-        if name in chosen and not file.exists():
-            tell(name)
-            began = time.monotonic()
-            found = {**part(), "seconds": round(time.monotonic() - began, 1)}
-            file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        if file.exists():
-            results[name] = json.loads(file.read_text(encoding="utf-8"))
-    results["seconds"] = round(time.monotonic() - started, 1)
-    results["broken"] = broken_promises(results)
-    FOLDER.mkdir(exist_ok=True)
-    (FOLDER / "speed.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    tell(f"wrote {FOLDER / 'speed.json'}")
-    sys.exit(f"broken: {results['broken']}" if results["broken"] else 0)
+    measure_parts("speed", PARTS, broken_promises)
 
 
 def broken_promises(results: dict[str, Any]) -> list[str]:
     """What docs/evidence.md promises and these results do not keep."""
-    if missing := [name for name in PARTS if name not in results]:
-        return [f"{name}: not measured" for name in missing]
     found = results["distribution"]
     return [
         *(f"distribution: {name}" for name, one in found["exact"].items() if one["p_value"] <= THRESHOLD),
