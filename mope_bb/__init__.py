@@ -13,6 +13,7 @@ from mope_bb.errors import (
     AuthenticationError,
     CheckpointError,
     ConfigError,
+    ConstraintError,
     ContextLengthError,
     LogprobsUnavailableError,
     MalformedResponseError,
@@ -30,18 +31,25 @@ from mope_bb.preferences import Preference
 
 if TYPE_CHECKING:
     from mope_bb.config import Config, load_config
+    from mope_bb.events import Finished, TextDelta, ToolCallDelta
     from mope_bb.session import Session, SyncSession, open_session, open_session_sync
-    from mope_bb.types import Answer, Message, Token
+    from mope_bb.streams import AnswerStream
+    from mope_bb.types import Answer, Message, Token, ToolCall
 
 __version__ = "0.1.0"
 
 _LAZY = {
     "Answer": "mope_bb.types",
+    "AnswerStream": "mope_bb.streams",
     "Config": "mope_bb.config",
+    "Finished": "mope_bb.events",
     "Message": "mope_bb.types",
     "Session": "mope_bb.session",
     "SyncSession": "mope_bb.session",
+    "TextDelta": "mope_bb.events",
     "Token": "mope_bb.types",
+    "ToolCall": "mope_bb.types",
+    "ToolCallDelta": "mope_bb.events",
     "load_config": "mope_bb.config",
     "open_session": "mope_bb.session",
     "open_session_sync": "mope_bb.session",
@@ -50,11 +58,14 @@ _LAZY = {
 __all__ = [
     "AlignmentError",
     "Answer",
+    "AnswerStream",
     "AuthenticationError",
     "CheckpointError",
     "Config",
     "ConfigError",
+    "ConstraintError",
     "ContextLengthError",
+    "Finished",
     "LogprobsUnavailableError",
     "MalformedResponseError",
     "Message",
@@ -70,7 +81,10 @@ __all__ = [
     "ServerError",
     "Session",
     "SyncSession",
+    "TextDelta",
     "Token",
+    "ToolCall",
+    "ToolCallDelta",
     "__version__",
     "load_config",
     "open_session",

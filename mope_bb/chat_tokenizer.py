@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any, Final
 
-from mope_bb.errors import ConfigError, RequestError
+from mope_bb.errors import AlignmentError, ConfigError, RequestError
 from mope_bb.failures import shown
 from mope_bb.types import END, Message, Piece
 
@@ -93,6 +93,35 @@ class ChatTokenizer:
     def encode_text(self, text: str) -> tuple[int, ...]:
         """The ids of plain `text`; what looks like a control token in it is text."""
         return tuple(self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True, verbose=False))
+
+    @cached_property
+    def start_ids(self) -> tuple[int, ...]:
+        """What the tokenizer puts before a text of its own accord: mostly BOS or nothing."""
+        return tuple(self._tokenizer.encode("", add_special_tokens=True, verbose=False))
+
+    def spell(self, data: bytes) -> tuple[Piece, ...]:
+        """Pieces whose bytes are `data`, as this tokenizer writes it. Raises AlignmentError where it cannot.
+
+        Some tokenizers put a space before a text, or change characters: then the longest pieces that fit are taken.
+        """
+        if _is_utf8(data):
+            pieces = tuple(map(self.piece, self.encode_text(data.decode())))
+            if END not in pieces and b"".join(piece.data for piece in pieces) == data:
+                return pieces
+        found: list[Piece] = []
+        rest = data
+        while rest:
+            lengths = range(min(len(rest), self._longest), 0, -1)
+            piece = next(filter(None, (self.piece_of_bytes(rest[:length]) for length in lengths)), None)
+            if piece is None:
+                raise AlignmentError(f"the tokenizer {self._source!r} has no token for the byte {rest[:1]!r}")
+            found.append(piece)
+            rest = rest[len(piece.data) :]
+        return tuple(found)
+
+    @cached_property
+    def _longest(self) -> int:
+        return max(map(len, self._pieces_by_bytes))
 
     def control_token_in(self, text: str) -> str | None:
         """A control token that `text` spells out, if any; also by what the tokenizer makes of other characters."""
@@ -263,6 +292,14 @@ def _sentencepiece_bytes(token: str) -> bytes:
     if _is_byte_fallback(token):
         return bytes([int(token[3:5], 16)])
     return token.replace("\u2581", " ").encode()
+
+
+def _is_utf8(data: bytes) -> bool:
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _is_unicode(text: str) -> bool:

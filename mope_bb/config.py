@@ -233,6 +233,8 @@ class DecodingConfig(_Section):
     on_expert_failure: Literal["end", "drop"] = "end"
     """What it means in chat that an endpoint cannot be reached, or keeps failing: the answer ends with its error, or
     goes on without that expert, with a warning. The base of a rule is never left out. In training the pair fails."""
+    tool_messages: Literal["plain", "template"] = "plain"
+    """How experts are told of calls and results in past messages: in words, or by their own chat templates."""
 
 
 class BudgetConfig(_Section):

@@ -19,6 +19,7 @@
     |   +-- LogprobsUnavailableError       the endpoint answers, but without logprobs
     +-- BudgetError                        what may be spent is spent
     +-- AlignmentError(ValueError)         distributions that cannot be merged
+    +-- ConstraintError                    an answer that cannot go on in the form that was asked for
     +-- PcmError(RuntimeError)             the Preference Control Model failed
     |   +-- CheckpointError                a PCM folder that cannot be loaded
     +-- RewardError(RuntimeError)          a reward model that cannot score
@@ -195,6 +196,12 @@ class BudgetError(MopeError):
 
 class AlignmentError(MopeError, ValueError):
     """Distributions that cannot be merged: empty, not finite, above 0, or of different tokenizers."""
+
+
+class ConstraintError(MopeError):
+    """The answer must have a form (a JSON schema, a tool call), and no expert says anything that fits it."""
+
+    default_hint = "Raise `top_k`, or serve the experts where tokens can be asked for by name (vLLM) or lists are long."
 
 
 class PcmError(MopeError, RuntimeError):

@@ -51,6 +51,10 @@ class Preference:
         return cls({name: weight / total for name, weight in weights.items() if weight / total > 0})
 
 
+PreferenceLike = str | Preference | Mapping[str, float] | None
+"""What `parse_preference` reads, weights by name, or None for every dimension alike."""
+
+
 def parse_preference(text: str, presets: Mapping[str, Mapping[str, float]] | None = None) -> Preference:
     """Read `text` as a preset's name, names, weights or a sentence.
 

@@ -13,112 +13,46 @@ from __future__ import annotations
 import asyncio
 import random
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from functools import partial
 from os import PathLike
 from typing import Any, TypeVar
 
 from mope_bb.cache import DistributionCache, open_cache
 from mope_bb.config import Config, PcmConfig, load_config
-from mope_bb.errors import ConfigError, ContextLengthError, PreferenceError, ProviderError
+from mope_bb.conversations import Conversation, parse_conversation
+from mope_bb.errors import ConfigError, PreferenceError, ProviderError
 from mope_bb.inference import choose_device
-from mope_bb.pcm.decode import OpenAnswer, decode, drop_failed, open_experts
+from mope_bb.pcm.decode import decode, drop_failed, open_experts
+from mope_bb.pcm.grammar import build_constraint
 from mope_bb.pcm.merging import Plan
 from mope_bb.pcm.model import PreferenceControlModel, load_pcm
 from mope_bb.pcm.pacing import Pace
 from mope_bb.pcm.plans import build_plan, configured_rule
 from mope_bb.pcm.runner import PcmScorer, Scorer, UserWeights
 from mope_bb.pcm.sampling import check_sampling
-from mope_bb.preferences import Preference
+from mope_bb.preferences import Preference, PreferenceLike
 from mope_bb.providers.pool import ExpertPool
-from mope_bb.text import TextAssembler
-from mope_bb.types import Answer, Context, Effort, FinishReason, Message, SamplingOptions, Token, TokenStep
+from mope_bb.streams import AnswerStream, Opened
+from mope_bb.tools import Form, parse_form, told_messages
+from mope_bb.types import Answer, Context, Message, SamplingOptions, Token
 from mope_bb.usage import Account
 
 T = TypeVar("T")
-Conversation = str | Sequence[Message | Mapping[str, Any]]
-PreferenceLike = str | Preference | Mapping[str, float] | None
 END_WITHIN_S = 5.0
-ROLES = ("system", "user", "assistant", "tool")
 
 
-class AnswerStream:
-    """Tokens as they are drawn: `async for token in stream`; afterwards `stream.answer` is the whole.
+@dataclass(frozen=True, slots=True)
+class _Question:
+    """What an answer is begun with."""
 
-    Leaving the loop early, or cancelling the task, cancels the requests that are under way.
-    """
-
-    def __init__(
-        self, open_answer: Callable[[], Awaitable[OpenAnswer]], *, options: SamplingOptions, seed: int, plan: Plan
-    ) -> None:
-        self._open_answer = open_answer
-        self._opened: OpenAnswer | None = None
-        self._seed = seed
-        self._plan = plan
-        self._steps: list[TokenStep] = []
-        self._texts: list[str] = []
-        self._finish_reason: FinishReason | None = None
-        self._tokens = self._run(options)
-
-    def __aiter__(self) -> AsyncIterator[Token]:
-        return self._tokens
-
-    @property
-    def plan(self) -> Plan:
-        """Who is asked, with which weights."""
-        return self._plan
-
-    @property
-    def text(self) -> str:
-        """The text so far."""
-        return "".join(self._texts)
-
-    @property
-    def answer(self) -> Answer:
-        """The answer as far as it came; `finish_reason` is "length" for one that was left early."""
-        opened, asked = self._opened, self._plan.asked
-        return Answer(
-            self.text,
-            tuple(self._steps),
-            self._finish_reason or "length",
-            None if opened is not None and opened.uses_drafts else self._seed,
-            self._plan.rule.name,
-            Effort() if opened is None else opened.effort,
-            () if opened is None else tuple(name for name in asked if name not in opened.plan.asked),
-        )
-
-    async def aclose(self) -> None:
-        """End the answer here."""
-        await self._tokens.aclose()
-
-    async def _run(self, options: SamplingOptions) -> AsyncGenerator[Token, None]:
-        assembler = TextAssembler(options.stop)
-        self._opened = await self._open_answer()
-        steps = aiter(self._opened)
-        try:
-            async for step in steps:
-                self._steps.append(step)
-                text = assembler.feed(step.piece)
-                reason: FinishReason | None = None
-                if assembler.is_stopped or len(self._steps) == options.max_tokens:
-                    reason = "stop" if assembler.is_stopped else "length"
-                    # What was held back as a possible stop string is text after all.
-                    text += assembler.flush()
-                yield self._told(Token(text, step, reason))
-                if reason is not None:
-                    return
-        except ContextLengthError:
-            # If the prompt did fit, the answer has grown to the end of an expert's context.
-            if not self._steps:
-                raise
-            yield self._told(Token(assembler.flush(), self._steps[-1], "length"))
-        finally:
-            await steps.aclose()
-
-    def _told(self, token: Token) -> Token:
-        self._texts.append(token.text)
-        self._finish_reason = token.finish_reason
-        return token
+    messages: tuple[Message, ...]
+    begun: bytes
+    """How the answer begins."""
+    options: SamplingOptions
+    form: Form
 
 
 class Session:
@@ -147,21 +81,54 @@ class Session:
         max_tokens: int = 256,
         stop: str | Sequence[str] = (),
         seed: int | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: str | Mapping[str, Any] | None = None,
+        response_format: Mapping[str, Any] | None = None,
+        answer_so_far: str = "",
     ) -> AnswerStream:
         """Answer `conversation` (a question, or messages in OpenAI's shape), token by token.
 
         `preference` is what `preferences.parse_preference` reads, weights by name, or None for every dimension alike.
+        `tools`, `tool_choice` and `response_format` are OpenAI's: a call fits its tool's schema, JSON the one that is
+        given, whatever the experts know of it. `answer_so_far` is how the answer begins; it does not come again.
         Raises ConfigError at once for bad arguments; ProviderError and others while streaming.
         """
-        options = SamplingOptions(
-            temperature, top_p, max_tokens, (stop,) if isinstance(stop, str) else tuple(stop), seed
-        )
-        check_sampling(options)
-        context = Context(parse_conversation(conversation))
-        plan = self.plan(preference, merge=merge)
-        drawn_seed = random.SystemRandom().getrandbits(32) if seed is None else seed
+        form = parse_form(tools, tool_choice, response_format)
+        messages = told_messages(parse_conversation(conversation), form, style=self.config.decoding.tool_messages)
+        options = _options(temperature, top_p, max_tokens, stop, seed)
+        return self._stream(_Question(messages, _encoded(answer_so_far), options, form), preference, merge)
+
+    def stream_text(
+        self,
+        text: str,
+        *,
+        preference: PreferenceLike = None,
+        merge: str | None = None,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        max_tokens: int = 256,
+        stop: str | Sequence[str] = (),
+        seed: int | None = None,
+    ) -> AnswerStream:
+        """Continue `text` as it is, without chat templates and system prompts; see `stream`.
+
+        Experts whose endpoints take messages only refuse it with a RequestError.
+        """
+        if not text:
+            raise ConfigError("the text to continue is empty")
+        options = _options(temperature, top_p, max_tokens, stop, seed)
+        return self._stream(_Question((), _encoded(text), options, Form()), preference, merge)
+
+    def _stream(self, question: _Question, preference: PreferenceLike, merge: str | None) -> AnswerStream:
+        seed = question.options.seed
+        seed = random.SystemRandom().getrandbits(32) if seed is None else seed
         return AnswerStream(
-            lambda: self._open_answer(context, plan, options, drawn_seed), options=options, seed=drawn_seed, plan=plan
+            partial(self._open_answer, question, seed),
+            options=question.options,
+            seed=seed,
+            plan=self.plan(preference, merge=merge),
+            make_plan=partial(self.plan, merge=merge),
+            form=question.form,
         )
 
     async def complete(self, conversation: Conversation, **options: Any) -> Answer:
@@ -192,21 +159,33 @@ class Session:
             raise PreferenceError("no preference was given, and no expert has a dimension", hint="Name experts.")
         return Preference.of(dict.fromkeys(served, 1.0))
 
-    async def _open_answer(self, context: Context, plan: Plan, options: SamplingOptions, seed: int) -> OpenAnswer:
+    async def _open_answer(self, question: _Question, seed: int, plan: Plan) -> Opened:
         drops_failed = self.config.decoding.on_expert_failure == "drop"
+        # A grammar may take long to read: not on the event loop.
+        constraint = await asyncio.to_thread(build_constraint, question.form)
+        asked = plan.asked
         plan = await self._open_experts(plan, drops_failed=drops_failed)
-        return decode(
+        dropped = tuple(name for name in asked if name not in plan.asked)
+        begun = await self._pool.spell(plan.asked[0], question.begun) if question.begun else ()
+        context = Context(question.messages, begun)
+        count = await self._pool.count_tokens(plan.asked, context)
+        if count is None:
+            texts = [question.begun, *(message.content.encode() for message in question.messages)]
+            count = sum(map(len, texts)) // 4
+        answer = decode(
             context,
             plan,
             self._pool,
             await self._open_scorer(),
-            options,
+            question.options,
             seed=seed,
             pace=self._pace,
             # Who gives a seed wants the answer that belongs to it.
-            is_repeatable=options.seed is not None,
+            is_repeatable=question.options.seed is not None,
             drops_failed=drops_failed,
+            constraint=constraint,
         )
+        return Opened(answer, count, dropped)
 
     async def _open_experts(self, plan: Plan, *, drops_failed: bool) -> Plan:
         """The plan with those of its experts that could be opened."""
@@ -323,51 +302,20 @@ def open_session_sync(config: Config | str | PathLike[str]) -> Iterator[SyncSess
         loop.close()
 
 
-def parse_conversation(conversation: Conversation) -> tuple[Message, ...]:
-    """A question, or messages, as messages. Raises ConfigError for an empty or malformed one."""
-    if isinstance(conversation, str):
-        conversation = [Message("user", conversation)]
-    if isinstance(conversation, Mapping) or not isinstance(conversation, Sequence):
-        raise ConfigError(
-            f"a conversation is text or a list of messages, got {type(conversation).__name__}",
-            hint='Pass "How ...?", or [{"role": "user", "content": "How ...?"}].',
-        )
-    messages = tuple(_parse_message(message) for message in conversation)
-    if not messages:
-        raise ConfigError("the conversation is empty", hint="Ask something.")
-    last = messages[-1]
-    if last.role == "user" and not last.content.strip():
-        raise ConfigError("the prompt is empty", hint="Ask something.")
-    return messages
+def _options(
+    temperature: float, top_p: float, max_tokens: int, stop: str | Sequence[str], seed: int | None
+) -> SamplingOptions:
+    stops = (stop,) if isinstance(stop, str) else tuple(stop)
+    options = SamplingOptions(temperature, top_p, max_tokens, stops, seed)
+    check_sampling(options)
+    return options
 
 
-def _parse_message(message: object) -> Message:
-    if isinstance(message, Message):
-        parsed = message
-    elif not isinstance(message, Mapping):
-        raise ConfigError(f"a message is {type(message).__name__}, expected a dictionary with role and content")
-    else:
-        call = message.get("tool_call_id")
-        parsed = Message(
-            _text(message, "role"),
-            _text(message, "content") if message.get("content") else "",
-            (),
-            None if call is None else _text(message, "tool_call_id"),
-        )
-    if parsed.role not in ROLES:
-        raise ConfigError(f"a message has the role {parsed.role!r}", hint=f"Known: {', '.join(ROLES)}.")
+def _encoded(text: str) -> bytes:
     try:
-        f"{parsed.content}{parsed.tool_call_id}".encode()
+        return text.encode()
     except UnicodeEncodeError:
-        raise ConfigError("a message holds half of a surrogate pair, which is no text") from None
-    return parsed
-
-
-def _text(message: Mapping[Any, Any], name: str) -> str:
-    value = message.get(name)
-    if not isinstance(value, str):
-        raise ConfigError(f"the {name} of a message is {type(value).__name__}, expected text")
-    return value
+        raise ConfigError("the text to continue holds half of a surrogate pair, which is no text") from None
 
 
 def _open_pcm(config: PcmConfig) -> PreferenceControlModel | None:

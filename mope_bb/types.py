@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 ROUNDING_MASS: Final = 1e-7
 """Endpoints compute in float32: a tail below this cannot be told from rounding."""
-FinishReason = Literal["stop", "length"]
-"""Why an answer ended: an END piece or a stop string; or `max_tokens`, or the end of an expert's context."""
+FinishReason = Literal["stop", "length", "tool_calls"]
+"""Why an answer ended: an END piece or a stop string; `max_tokens`, or the end of an expert's context; a tool call."""
 
 
 class Piece(NamedTuple):
@@ -165,6 +165,11 @@ class TokenStep:
     """The expert that was drawn first and gave this piece alone: only where an expert takes part that gives no
     logprobs."""
 
+    @property
+    def is_forced(self) -> bool:
+        """The form of the answer left nothing else: no expert was asked, so E is 0, and C is 1."""
+        return not self.experts
+
     def expert_logprob(self, expert: str) -> float | None:
         """What `expert` said of the drawn piece; None when it was not on its list."""
         value = float(self.candidates.logprobs[self.experts.index(expert), self.index])
@@ -226,10 +231,21 @@ class Effort:
 
 
 @dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call of one of the tools that were offered."""
+
+    call_id: str
+    name: str
+    arguments: str
+    """A JSON object as text."""
+
+
+@dataclass(frozen=True, slots=True)
 class Answer:
     """A finished answer."""
 
     text: str
+    """What was said; of a tool call nothing."""
     steps: tuple[TokenStep, ...]
     finish_reason: FinishReason
     seed: int | None
@@ -238,6 +254,15 @@ class Answer:
     effort: Effort = Effort()
     dropped: tuple[str, ...] = ()
     """Experts whose endpoints failed and without which the answer went on, in that order."""
+    tool_calls: tuple[ToolCall, ...] = ()
+    num_prompt_tokens: int = 0
+    """What the experts read before the answer: of those asked the largest count, their system prompts included; a
+    quarter of the bytes where no expert can tell."""
+
+    @property
+    def num_completion_tokens(self) -> int:
+        """Tokens of the answer, its end among them."""
+        return len(self.steps)
 
     @property
     def missed_mass_mean(self) -> float | None:

@@ -19,7 +19,8 @@ from mope_bb.types import SamplingOptions
 
 if TYPE_CHECKING:
     from mope_bb.config import Config
-    from mope_bb.session import AnswerStream, Session
+    from mope_bb.session import Session
+    from mope_bb.streams import AnswerStream
     from mope_bb.types import Answer, Token
 
 

@@ -14,7 +14,8 @@ from mope_bb.cli.main import show_error
 from mope_bb.errors import ConfigError, ContextLengthError, MopeError
 
 if TYPE_CHECKING:
-    from mope_bb.session import AnswerStream, Session
+    from mope_bb.session import Session
+    from mope_bb.streams import AnswerStream
 
 HELP = """\
 /pref PREF    change the preference from here on; without PREF show it

@@ -2,29 +2,16 @@
 
 from __future__ import annotations
 
-import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from mope_bb.pcm.merging import Plan
-from mope_bb.pcm.mixture import carriers, fill_missing
+from mope_bb.pcm.readout import carried_by
 from mope_bb.text import TextAssembler
-from mope_bb.types import END, Answer, TokenStep
+from mope_bb.types import END, Answer
 
 COLOURS = ("cyan", "magenta", "green", "yellow", "blue", "red", "bright_cyan", "bright_magenta")
-
-
-def carrier_shares(step: TokenStep, plan: Plan) -> dict[str, float]:
-    """How much each styled expert carried the drawn piece, summing to 1."""
-    if step.drawn_by is not None:
-        return {name: float(name == step.drawn_by) for name in plan.experts}
-    logprobs = torch.from_numpy(step.candidates.logprobs)
-    floors = torch.tensor(step.candidates.floors, dtype=torch.float64)
-    first = 1 if plan.rule.needs_base else 0
-    weights = torch.tensor(step.weights[first:], dtype=torch.float64)
-    shares = carriers(plan.rule, fill_missing(plan.rule, logprobs, floors), weights)[:, step.index]
-    return dict(zip(plan.experts, shares.tolist(), strict=True))
 
 
 def print_why(answer: Answer, plan: Plan, console: Console | None = None) -> None:
@@ -35,7 +22,7 @@ def print_why(answer: Answer, plan: Plan, console: Console | None = None) -> Non
     tokens = dict.fromkeys(plan.experts, 0)
     text, assembler = Text(), TextAssembler()
     for step in answer.steps:
-        shares = carrier_shares(step, plan)
+        shares = carried_by(step, plan.rule)
         strongest = max(shares, key=lambda name: shares[name])
         tokens[strongest] += 1
         for name, share in shares.items():

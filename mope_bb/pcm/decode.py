@@ -23,13 +23,17 @@ import torch
 from torch import Tensor
 
 from mope_bb.errors import (
+    ConstraintError,
     ContextLengthError,
     LogprobsUnavailableError,
     MalformedResponseError,
     ProviderError,
     RequestError,
+    TopKError,
 )
 from mope_bb.pcm import expert_first
+from mope_bb.pcm.constraint import Constraint, forced_step
+from mope_bb.pcm.fitting import Fitting
 from mope_bb.pcm.merging import Merged, Plan, merge_path
 from mope_bb.pcm.pacing import AnswerPace, Move, Pace, Request
 from mope_bb.pcm.runner import PathJudgement, Scorer
@@ -60,6 +64,7 @@ class OpenAnswer:
         pace: Pace | None = None,
         is_repeatable: bool = False,
         drops_failed: bool = False,
+        constraint: Constraint | None = None,
     ) -> None:
         """See `decode`."""
         check_sampling(options)
@@ -77,23 +82,45 @@ class OpenAnswer:
         self._shared_pace = pace or Pace()
         self._is_repeatable = is_repeatable
         self._drops_failed = drops_failed
+        self._form = None if constraint is None else Fitting(constraint, self._spell)
+        self._next_plan: Plan | None = None
         self._may_be_cached = True
+        self._policy_version = 0
+        self._dropped: tuple[str, ...] = ()
         self._begun: tuple[Move, asyncio.Task[tuple[DraftStep, ...]]] | None = None
 
     def __aiter__(self) -> AsyncGenerator[TokenStep, None]:
         return self._steps()
 
+    @property
+    def dropped(self) -> tuple[str, ...]:
+        """Experts that failed and were left out."""
+        return self._dropped
+
+    def go_on_with(self, plan: Plan) -> None:
+        """From the next step on, `plan` says who is asked."""
+        self._next_plan = plan
+
     async def _steps(self) -> AsyncGenerator[TokenStep, None]:
         await self._going_on(self._begin)
+        if self._form is not None:
+            self._form.restart(self._context.response)
+            await self._form.check_room(self._options.max_tokens)
         num_left = self._options.max_tokens
         self._shared_pace.num_open += 1
         try:
             while num_left > 0:
+                if self._next_plan is not None:
+                    await self._change_plan()
                 steps = await self._going_on(partial(self._block, num_left))
-                num_left -= len(steps)
-                for step in steps:
+                for number, step in enumerate(steps, 1):
+                    num_left -= 1
                     yield step
-                if steps[-1].piece == END:
+                    if self._next_plan is not None and number < len(steps):
+                        # What was drawn for the old plan and is not yet said is taken back.
+                        self._take_back(len(steps) - number)
+                        break
+                if step.piece == END:
                     return
         finally:
             self._shared_pace.num_open -= 1
@@ -109,12 +136,13 @@ class OpenAnswer:
         self._pace = AnswerPace(
             self._shared_pace,
             [pool.seat(name) for name in plan.asked],
-            key=(plan.asked, plan.rule.name, options.temperature, options.top_p),
-            is_repeatable=self._is_repeatable and options.temperature > 0,
+            key=(plan.asked, plan.rule.name, options.temperature, options.top_p, self._is_bound),
+            # A form leaves little of what an expert drafts without knowing it.
+            is_repeatable=(self._is_repeatable and options.temperature > 0) or self._is_bound,
         )
         self._unlisted = tuple(name for name in plan.asked if not pool.seat(name).gives_lists)
         if self._unlisted:
-            expert_first.check_plan(plan, self._unlisted, options)
+            expert_first.check_plan(plan, self._unlisted, options, is_bound=self._form is not None)
         # Who scores a draft would else begin only then to render the conversation.
         await together([pool.prepare(name, self._context) for name in plan.asked])
 
@@ -125,11 +153,33 @@ class OpenAnswer:
                 return await work()
             except ProviderError as error:
                 self.plan = drop_failed(self.plan, error, is_allowed=self._drops_failed)
+                self._dropped = (*self._dropped, error.expert or "")
                 await self._drop_begun()
                 await self._going_on(self._begin)
 
+    async def _change_plan(self) -> None:
+        plan, self._next_plan = self._next_plan, None
+        assert plan is not None
+        self.plan = plan
+        await self._drop_begun()
+        await self._going_on(self._begin)
+
+    def _take_back(self, number: int) -> None:
+        """The last `number` steps were not told to anyone."""
+        response = self._context.response
+        self._context = Context(self._context.messages, response[: len(response) - number])
+        if self._form is not None:
+            self._form.restart(self._context.response)
+
+    @property
+    def _is_bound(self) -> bool:
+        """There is a form, and it forbids something."""
+        return self._form is not None and not self._form.constraint.is_free
+
     async def _block(self, num_left: int) -> list[TokenStep]:
         """The next steps, at least one and at most `num_left`."""
+        if self._form is not None and self._is_bound:
+            return await self._fit(self._form, num_left)
         if self._unlisted:
             return [await self._draw_expert_first()]
         if self._may_be_cached and (lists := await self._pool.recall(self.plan.asked, self._context)) is not None:
@@ -200,6 +250,74 @@ class OpenAnswer:
         self._count_generated(name, 1)
         self._known.learn_one(name, distribution)
         return None
+
+    # A form: some pieces are given by it, the others are drawn among those that fit.
+
+    async def _fit(self, form: Fitting, num_left: int) -> list[TokenStep]:
+        if given := (await form.given(num_left))[:num_left]:
+            return self._give(form, given)
+        try:
+            steps, shapes = await self._draw_fitting(form, num_left)
+        except ContextLengthError:
+            # Nobody is needed to end the answer.
+            if not self._context.response or not (end := await form.end()):
+                raise
+            return self._give(form, end[:num_left])
+        self._go_on(steps, shapes)
+        if not self._is_bound:
+            await self._begin()
+        return steps
+
+    def _give(self, form: Fitting, pieces: Sequence[Piece]) -> list[TokenStep]:
+        steps = [forced_step(piece, self._policy_version) for piece in pieces]
+        for piece in pieces:
+            form.advance(piece)
+        self._go_on(steps, ())
+        return steps
+
+    async def _draw_fitting(self, form: Fitting, num_left: int) -> tuple[list[TokenStep], list[Tensor]]:
+        move = self._pace.choose(num_left=num_left, num_context=self._num_context())
+        _, judged = await self._with_judging((), self._ask(move.num_ahead))
+        lists, expected = self._known.common()
+        if expected:
+            judged = await self._judge(expected)
+        steps: list[TokenStep] = []
+        shapes: list[Tensor] = []
+        for position, said in enumerate(lists):
+            here = PathJudgement(judged.head_scores[position : position + 1], judged.gate, judged.policy_version)
+            drawn = await self._draw_one(form, said, here, num_left - len(steps))
+            if drawn is None and not steps:
+                drawn = await self._draw_one(form, await self._ask_named(form), here, num_left)
+                if drawn is None:
+                    raise ConstraintError("no expert says anything that fits the form of the answer")
+            if drawn is None:
+                break
+            steps.append(drawn[0])
+            shapes.append(drawn[1])
+            goes_on = position < len(expected) and steps[-1].piece == expected[position] and self._is_bound
+            if not goes_on or await form.given(num_left - len(steps)):
+                break
+        return steps, shapes
+
+    async def _draw_one(
+        self, form: Fitting, said: Sequence[TokenDistribution], judged: PathJudgement, num_left: int
+    ) -> tuple[TokenStep, Tensor] | None:
+        (merged,) = merge_path(self.plan, (await form.read(said),), judged.head_scores, judged.gate)
+        drawn = await form.draw(merged, self._shape, self._generator.random, num_left)
+        return None if drawn is None else (self._step(merged, drawn[1], drawn[0], judged), drawn[1])
+
+    async def _ask_named(self, form: Fitting) -> list[TokenDistribution]:
+        """What all say of pieces that fit, where none of these is on any list."""
+        names = self.plan.asked
+        pieces = form.constraint.allowed_among(await self._pool.vocabulary(names[0]))
+        self._count(num_round_trips=1, num_generated=len(names))
+        try:
+            return await self._pool.ask_among(names, self._context, pieces)
+        except TopKError as error:
+            raise ConstraintError(f"no expert lists anything that fits the form of the answer, and {error}") from error
+
+    async def _spell(self, data: bytes) -> tuple[Piece, ...]:
+        return await self._pool.spell(self.plan.asked[0], data)
 
     # Draft and score: one expert writes ahead, the others say what they think of it.
 
@@ -299,7 +417,9 @@ class OpenAnswer:
 
     async def _judge(self, path: Sequence[Piece]) -> PathJudgement:
         judging = self._scorer.judge_path(self._context, path, self.plan.preference_text, self.plan.experts)
-        return await self._timed("", "judge", judging, lambda found: len(found.head_scores))
+        found = await self._timed("", "judge", judging, lambda found: len(found.head_scores))
+        self._policy_version = found.policy_version
+        return found
 
     async def _timed(self, name: str, request: Request, work: Coroutine[Any, Any, T], count: Callable[[T], int]) -> T:
         """Await `work`; `count` tells for how many positions it was: a draft may end before its length is reached."""
@@ -309,7 +429,10 @@ class OpenAnswer:
         return found
 
     def _shaped(self, merged: Merged) -> Tensor:
-        return shape_distribution(merged.log_pi, temperature=self._options.temperature, top_p=self._options.top_p)
+        return self._shape(merged.log_pi)
+
+    def _shape(self, log_pi: Tensor) -> Tensor:
+        return shape_distribution(log_pi, temperature=self._options.temperature, top_p=self._options.top_p)
 
     def _step(self, merged: Merged, shaped: Tensor, index: int, judged: PathJudgement) -> TokenStep:
         return TokenStep(
@@ -333,7 +456,7 @@ class OpenAnswer:
         self._pace.learn(
             [
                 agreement_row(shaped.numpy(), step.candidates.logprobs, self._options.temperature) * (step.piece != END)
-                for step, shaped in zip(steps, shapes, strict=True)
+                for step, shaped in zip(steps, shapes, strict=False)  # given steps have none
             ]
         )
 
@@ -357,14 +480,16 @@ def decode(
     pace: Pace | None = None,
     is_repeatable: bool = False,
     drops_failed: bool = False,
+    constraint: Constraint | None = None,
 ) -> OpenAnswer:
     """The steps of one answer, END included, at most `options.max_tokens` pieces: `async for step in decode(...)`.
 
     `pace` is what the answers of one pool have measured together. `is_repeatable` keeps out what endpoints draw by
     themselves: there is then one uniform number per step from a generator of this answer's own, and equal seeds and
     equal distributions give equal answers. `drops_failed`: an expert whose endpoint is down, or keeps failing, is left
-    out from there on; the base of a rule that needs one and the last expert are not. Raises ConfigError here;
-    ProviderError, BudgetError, AlignmentError, PcmError on the way.
+    out from there on; the base of a rule that needs one and the last expert are not. `constraint` is the form that the
+    answer must have, as far as `max_tokens` allows. Raises ConfigError here; ProviderError, BudgetError,
+    AlignmentError, ConstraintError, PcmError on the way.
     """
     return OpenAnswer(
         context,
@@ -376,6 +501,7 @@ def decode(
         pace=pace,
         is_repeatable=is_repeatable,
         drops_failed=drops_failed,
+        constraint=constraint,
     )
 
 

@@ -23,9 +23,17 @@ from mope_bb.pcm.merging import Plan
 from mope_bb.types import Candidates, Piece, SamplingOptions, TokenDistribution, TokenStep
 
 
-def check_plan(plan: Plan, unlisted: tuple[str, ...], options: SamplingOptions) -> None:
-    """Raise ConfigError where something is wanted that needs the probabilities of the `unlisted` experts."""
+def check_plan(plan: Plan, unlisted: tuple[str, ...], options: SamplingOptions, *, is_bound: bool) -> None:
+    """Raise ConfigError where something is wanted that needs the probabilities of the `unlisted` experts.
+
+    `is_bound`: the answer must have a form.
+    """
     name = unlisted[0]
+    if is_bound:
+        raise ConfigError(
+            f"expert {name!r} gives no logprobs, so tools and `response_format` cannot choose among its tokens",
+            hint="Leave this expert out.",
+        )
     if plan.rule.name != "linear":
         raise ConfigError(
             f"expert {name!r} gives no logprobs, and the merge rule {plan.rule.name!r} needs them",

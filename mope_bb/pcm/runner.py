@@ -185,11 +185,11 @@ def _policy(pcm: PreferenceControlModel) -> tuple[Gate, int]:
 
 
 def build_pcm_messages(preference_text: str, messages: Sequence[Message]) -> tuple[Message, ...]:
-    """The conversation as the PCM reads it: prompt layout "chat-2"."""
+    """The conversation as the PCM reads it: prompt layout "chat-2". Before a text that is no chat, one says nothing."""
     own = [message.content for message in messages if message.role == "system"]
     rest = [message for message in messages if message.role != "system"]
     system = "\n\n".join(text for text in (preference_text, *own) if text)
-    return (Message("system", system), *rest) if system else tuple(rest)
+    return (*([Message("system", system)] if system else []), *(rest if messages else [Message("user", "")]))
 
 
 def response_ids(pcm: PreferenceControlModel, response: Sequence[Piece], *, same_ids: bool) -> list[list[int]]:

@@ -24,6 +24,8 @@ LOGPROB_SLACK: Final = 1e-3
 MASS_SLACK: Final = 0.02
 """Logprobs in half precision are off by 0.4 % of themselves; a list that adds up to more than this above 1 is none."""
 PROMPTS_KEPT: Final = 64
+LONGEST_LIST: Final = 2048
+"""Asked for where an endpoint gives lists of any length."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,8 @@ class Capabilities:
     """Largest difference seen between two replies to one question, in nats."""
     gives_lists: bool = True
     """It gives next-token logprobs; else it can only be made to draw one piece after another."""
+    max_named: int = 0
+    """How many tokens can be asked for by name in one request, whether or not they are probable."""
     drafts: Literal["exact", "lists", "none"] = "none"
     """It goes on by itself for several tokens in one request, with a list at each; "exact": and what it draws are true
     samples, since the request switches off every other sampler."""
@@ -98,6 +102,27 @@ class Expert(ABC):
         contexts = [Context(context.messages, (*context.response, *draft[:length])) for length in range(len(draft) + 1)]
         return tuple(await asyncio.gather(*(self.next_tokens(one, top_k=top_k) for one in contexts)))
 
+    async def ask_among(self, context: Context, pieces: Sequence[Piece], *, top_k: int) -> TokenDistribution:
+        """What it says of `pieces`, of which none is on the list of its `top_k` best; others may come along.
+
+        Where the endpoint can, exactly these are asked for, at most `capabilities.max_named`, else its longest list.
+        Raises ProviderError or AlignmentError.
+        """
+        longest = self.capabilities.max_top_k or LONGEST_LIST
+        return await self.next_tokens(context, top_k=max(top_k, longest))
+
+    async def spell(self, data: bytes) -> tuple[Piece, ...]:
+        """Pieces that add `data` to an answer. Raises AlignmentError where there are none, or ProviderError."""
+        return (Piece(data),)
+
+    async def vocabulary(self) -> Sequence[Piece]:
+        """Every piece that it may say, by token id; empty where that is not known."""
+        return ()
+
+    async def count_tokens(self, context: Context) -> int | None:
+        """How many tokens it reads before the next one; None where it cannot tell. Raises ProviderError."""
+        return None
+
     async def sample(self, context: Context) -> Piece:
         """One piece that the endpoint draws after `context` at temperature 1, where it gives no lists.
 
@@ -143,8 +168,15 @@ class IdExpert(Expert):
         """The ids of the rendered chat template, up to where the answer begins."""
 
     @abstractmethod
+    async def encode_start(self) -> tuple[int, ...]:
+        """The ids that stand before a text that is no chat."""
+
+    @abstractmethod
     async def ask(self, ids: tuple[int, ...], top_k: int) -> TokenDistribution:
         """The distribution after `ids`, straight from the model."""
+
+    async def count_tokens(self, context: Context) -> int | None:
+        return len(await self.ids_of(context))
 
     @abstractmethod
     async def identity(self) -> tuple[str, ...]:
@@ -214,6 +246,8 @@ class IdExpert(Expert):
 
     async def _prompt_ids(self, messages: tuple[Message, ...]) -> tuple[int, ...]:
         known = self._prompts.get(messages)
+        if known is None and not messages:
+            known = self._prompts[messages] = await self.encode_start()
         if known is None:
             known = await self.encode_prompt(with_system(messages, self._system))
             self._prompts[messages] = known

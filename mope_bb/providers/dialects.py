@@ -86,7 +86,7 @@ _VLLM_UNFILTERED: Final = {
 
 COMPLETIONS: Final[Mapping[str, CompletionsDialect]] = {
     "vllm": CompletionsDialect(
-        Capabilities(score="prefixes", logprob_noise=1e-4, drafts="exact"),
+        Capabilities(score="prefixes", logprob_noise=1e-4, drafts="exact", max_named=128),
         source="R vLLM 0.32 on CPU; S vLLM 0.33",
         extra={
             # Without it the list is keyed by text, and tokens of equal text fall together.

@@ -221,6 +221,15 @@ class IdEndpoint(IdExpert, WireExpert):
     async def encode_prompt(self, messages: Sequence[Message]) -> tuple[int, ...]:
         return (await self.tokenizer()).encode_chat(messages, expert=self.name)
 
+    async def encode_start(self) -> tuple[int, ...]:
+        return (await self.tokenizer()).start_ids
+
+    async def spell(self, data: bytes) -> tuple[Piece, ...]:
+        return (await self.tokenizer()).spell(data)
+
+    async def vocabulary(self) -> Sequence[Piece]:
+        return (await self.tokenizer()).pieces
+
     async def num_end_ids(self) -> int:
         """Several end tokens join in one piece: as many more entries must be asked for, so that k pieces remain."""
         return len((await self.tokenizer()).end_ids)

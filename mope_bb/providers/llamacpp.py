@@ -49,6 +49,7 @@ from mope_bb.providers.llamacpp_wire import (
     can_be_forced,
     parse_draft,
     parse_reply,
+    parse_spelling,
     split_response,
 )
 from mope_bb.providers.wire import END_TOKENS, PieceReader, Reply, checked_id
@@ -91,6 +92,20 @@ class LlamaCppExpert(IdEndpoint):
             self._refuse_control_tokens(messages), self._client.post_json("/apply-template", body)
         )
         return await self._tokenize(_field(rendered, "prompt", str, self.name), add_special=True, parse_special=True)
+
+    async def encode_start(self) -> tuple[int, ...]:
+        if self._known_tokenizer is not None:
+            return await super().encode_start()
+        return await self._tokenize("", add_special=True, parse_special=False)
+
+    async def spell(self, data: bytes) -> tuple[Piece, ...]:
+        if self._known_tokenizer is not None:
+            return await super().spell(data)
+        body = {"content": data.decode(), "add_special": False, "parse_special": False, "with_pieces": True}
+        return parse_spelling(await self._client.post_json("/tokenize", body), data, expert=self.name)
+
+    async def vocabulary(self) -> Sequence[Piece]:
+        return () if self._known_tokenizer is None else await super().vocabulary()
 
     async def _refuse_control_tokens(self, messages: Sequence[Message]) -> None:
         """A text that holds a control token has other ids when control tokens are read as such."""

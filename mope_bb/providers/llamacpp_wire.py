@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
-from mope_bb.errors import ContextLengthError, LogprobsUnavailableError, MalformedResponseError
+from mope_bb.errors import AlignmentError, ContextLengthError, LogprobsUnavailableError, MalformedResponseError
 from mope_bb.failures import shown
 from mope_bb.providers.endpoint import Ask, build_from_reply
 from mope_bb.providers.wire import (
@@ -202,3 +202,22 @@ def _parse_piece(entry: Mapping[str, Any], reader: PieceReader) -> Piece:
     piece = reader.read(None, data=bytes(data), token_id=token_id)
     assert piece is not None  # it has an id
     return piece
+
+
+def parse_spelling(data: Any, text: bytes, *, expert: str) -> tuple[Piece, ...]:
+    """The pieces of `text` by /tokenize. Raises MalformedResponseError; AlignmentError for pieces of other bytes."""
+    try:
+        pieces = tuple(Piece(_bytes_of(one["piece"]), checked_id(one["id"])) for one in data["tokens"])
+    except (KeyError, TypeError, ValueError):
+        raise MalformedResponseError(f"/tokenize gave no pieces: {shown(data)}", expert=expert) from None
+    if b"".join(piece.data for piece in pieces) != text:
+        raise AlignmentError(
+            f"the tokenizer of expert {expert!r} writes {text!r} as {[piece.data for piece in pieces]}",
+            hint="Set `tokenizer` to the model's Hugging Face folder or hub name.",
+        )
+    return pieces
+
+
+def _bytes_of(piece: Any) -> bytes:
+    # What is no UTF-8 comes as a list of numbers.
+    return piece.encode() if isinstance(piece, str) else bytes(piece)

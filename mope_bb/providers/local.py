@@ -57,6 +57,15 @@ class LocalExpert(IdExpert):
     async def encode_prompt(self, messages: Sequence[Message]) -> tuple[int, ...]:
         return self._tokenizer.encode_chat(messages, expert=self.name)
 
+    async def encode_start(self) -> tuple[int, ...]:
+        return self._tokenizer.start_ids
+
+    async def spell(self, data: bytes) -> tuple[Piece, ...]:
+        return self._tokenizer.spell(data)
+
+    async def vocabulary(self) -> Sequence[Piece]:
+        return self._tokenizer.pieces
+
     async def ask(self, ids: tuple[int, ...], top_k: int) -> TokenDistribution:
         (found,) = self._lists(await self._logprobs(ids, 1), top_k)
         return found.distribution

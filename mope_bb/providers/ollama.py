@@ -102,6 +102,7 @@ class OllamaExpert(TextEndpoint):
     """A model behind Ollama."""
 
     _client: HttpClient
+    takes_plain_text = True
 
     def __init__(self, name: str, client: HttpClient, *, model: str, **settings: Any) -> None:
         """`settings` are those of TextEndpoint, a tokenizer among them."""

@@ -125,6 +125,26 @@ class ExpertPool:
         """See `Expert.score`."""
         return await self._experts[name].score(context, draft, top_k=self._top_k[name])
 
+    async def ask_among(
+        self, names: Sequence[str], context: Context, pieces: Sequence[Piece]
+    ) -> list[TokenDistribution]:
+        """What each of `names` says of `pieces`, see `Expert.ask_among`."""
+        calls = [self._experts[name].ask_among(context, pieces, top_k=self._top_k[name]) for name in names]
+        return await together(calls)
+
+    async def spell(self, name: str, data: bytes) -> tuple[Piece, ...]:
+        """See `Expert.spell`."""
+        return await self._experts[name].spell(data)
+
+    async def vocabulary(self, name: str) -> Sequence[Piece]:
+        """See `Expert.vocabulary`."""
+        return await self._experts[name].vocabulary()
+
+    async def count_tokens(self, names: Sequence[str], context: Context) -> int | None:
+        """The largest of what `names` count; None where none can tell."""
+        found = await together([self._experts[name].count_tokens(context) for name in names])
+        return max((count for count in found if count is not None), default=None)
+
     async def sample(self, name: str, context: Context) -> Piece:
         """See `Expert.sample`."""
         return await self._experts[name].sample(context)

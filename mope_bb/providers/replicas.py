@@ -104,6 +104,18 @@ class ReplicatedExpert(Expert):
     async def score(self, context: Context, draft: Sequence[Piece], *, top_k: int) -> tuple[TokenDistribution, ...]:
         return await self._ask(context.messages, lambda one: one.score(context, draft, top_k=top_k))
 
+    async def ask_among(self, context: Context, pieces: Sequence[Piece], *, top_k: int) -> TokenDistribution:
+        return await self._ask(context.messages, lambda one: one.ask_among(context, pieces, top_k=top_k))
+
+    async def spell(self, data: bytes) -> tuple[Piece, ...]:
+        return await self._ask((), lambda one: one.spell(data))
+
+    async def vocabulary(self) -> Sequence[Piece]:
+        return await self._ask((), lambda one: one.vocabulary())
+
+    async def count_tokens(self, context: Context) -> int | None:
+        return await self._ask(context.messages, lambda one: one.count_tokens(context))
+
     async def sample(self, context: Context) -> Piece:
         return await self._ask(context.messages, lambda one: one.sample(context))
 

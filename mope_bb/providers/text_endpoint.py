@@ -13,7 +13,7 @@ import orjson
 from mope_bb.cache import DistributionCache, distribution_key
 from mope_bb.chat_tokenizer import ChatTokenizer, as_openai, refuse_control_token, texts_of
 from mope_bb.coalescing import SingleFlight
-from mope_bb.errors import AlignmentError, PrefillError
+from mope_bb.errors import AlignmentError, PrefillError, RequestError
 from mope_bb.providers.base import Capabilities, with_system
 from mope_bb.providers.drawing import ONE_DRAW, DrawAsk
 from mope_bb.providers.endpoint import Ask, WireExpert, build_from_reply
@@ -34,6 +34,8 @@ class TextEndpoint(WireExpert):
     """
 
     whole_characters = True
+    takes_plain_text = False
+    """It continues a text that is no chat."""
 
     def __init__(
         self,
@@ -97,7 +99,7 @@ class TextEndpoint(WireExpert):
     def render(self, messages: Sequence[Message], answer: str) -> str:
         """The template as text with the answer so far, without the BOS that servers put before a text themselves."""
         assert self._tokenizer is not None
-        rendered = self._tokenizer.render_chat(messages, expert=self.name)
+        rendered = self._tokenizer.render_chat(messages, expert=self.name) if messages else ""
         return rendered.removeprefix(self._tokenizer.bos_text) + answer
 
     def _prompt(self, context: Context) -> tuple[tuple[Message, ...], str]:
@@ -107,7 +109,9 @@ class TextEndpoint(WireExpert):
                 refuse_control_token(self._control_token_in(text), expert=self.name)
         if context.response and self.capabilities.prefill == "none":
             raise PrefillError("this endpoint answers from the beginning and continues nothing", expert=self.name)
-        return with_system(context.messages, self._system), answer
+        if not context.messages and not self.takes_plain_text:
+            raise RequestError("this endpoint takes messages, and no text without any", expert=self.name)
+        return with_system(context.messages, self._system) if context.messages else (), answer
 
     def _control_token_in(self, text: str) -> str | None:
         if self._tokenizer is not None:
@@ -131,6 +135,19 @@ class TextEndpoint(WireExpert):
 
     async def vocab_size(self) -> int | None:
         return None if self._tokenizer is None else len(self._tokenizer.pieces)
+
+    async def spell(self, data: bytes) -> tuple[Piece, ...]:
+        return await super().spell(data) if self._tokenizer is None else self._tokenizer.spell(data)
+
+    async def vocabulary(self) -> Sequence[Piece]:
+        return () if self._tokenizer is None else self._tokenizer.pieces
+
+    async def count_tokens(self, context: Context) -> int | None:
+        if self._tokenizer is None:
+            return None
+        messages, answer = self._prompt(context)
+        rendered = self._tokenizer.render_chat(messages, expert=self.name) if messages else ""
+        return len(self._tokenizer.encode_text(rendered + answer))
 
     async def _ask(self, messages: Sequence[Message], answer: str, top_k: int) -> TokenDistribution:
         # A drawn piece that stands below the list must not lengthen it: what lies between is missing.

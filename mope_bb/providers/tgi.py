@@ -87,6 +87,7 @@ class TgiExpert(TextEndpoint):
     """A model behind Text Generation Inference."""
 
     _client: HttpClient
+    takes_plain_text = True
 
     def __init__(self, name: str, client: HttpClient, **settings: Any) -> None:
         """`settings` are those of TextEndpoint, a tokenizer among them."""

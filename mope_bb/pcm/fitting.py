@@ -1,0 +1,109 @@
+"""Drawing pieces that fit a form, so that the answer is whole when its last token is spent."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from mope_bb.errors import ConfigError
+from mope_bb.pcm.constraint import Constraint, read_end_as
+from mope_bb.pcm.merging import Merged
+from mope_bb.pcm.sampling import draw
+from mope_bb.types import END, Piece, TokenDistribution
+
+SLACK: Final = 4
+"""Pieces kept in reserve: the end of an answer that is written in parts may take more than in one."""
+SPELLINGS_KEPT: Final = 256
+
+
+class Fitting:
+    """One answer's form, and what still fits into it."""
+
+    def __init__(self, constraint: Constraint, spell: Callable[[bytes], Awaitable[tuple[Piece, ...]]]) -> None:
+        """`spell` gives the pieces of a text."""
+        self.constraint = constraint
+        self._spell = spell
+        self._spelt: dict[bytes, tuple[Piece, ...]] = {}
+        self._path: list[Piece] = []
+
+    async def check_room(self, max_tokens: int) -> None:
+        """Raise ConfigError where not even the shortest answer fits into `max_tokens`."""
+        closing = self.constraint.closing()
+        if closing is not None and (needed := len(await self.spell(closing)) + 1) > max_tokens:
+            raise ConfigError(
+                f"max_tokens is {max_tokens}, and the shortest answer of this form needs about {needed}",
+                hint=f"Set max_tokens to {4 * needed} or more.",
+            )
+
+    async def given(self, num_left: int) -> tuple[Piece, ...]:
+        """What needs no expert: what the form leaves alone, or its end where nothing else fits into `num_left`."""
+        if self.constraint.is_over:
+            return (END,)
+        if not await self._has_room(num_left - 1):
+            return await self.end()
+        return await self.spell(self.constraint.forced())
+
+    async def end(self) -> tuple[Piece, ...]:
+        """What completes the answer, END included; nothing where no way is known."""
+        closing = self.constraint.closing()
+        return () if closing is None else (*await self.spell(closing), END)
+
+    async def read(self, lists: Sequence[TokenDistribution]) -> list[TokenDistribution]:
+        """The lists as the form understands them: see `constraint`."""
+        closing = None if self.constraint.is_complete else self.constraint.closing()
+        if not closing or all(END not in one.pieces for one in lists):
+            return list(lists)
+        first = (await self.spell(closing))[0]
+        return [read_end_as(first, one) for one in lists]
+
+    async def draw(
+        self, merged: Merged, shape: Callable[[Tensor], Tensor], uniform: Callable[[], float], num_left: int
+    ) -> tuple[int, Tensor] | None:
+        """A candidate that fits, and log pi (C) it was drawn from; the form goes on with it. None where none fits.
+
+        `shape` applies temperature and top_p; `num_left` pieces may still come, this one among them.
+        """
+        path = tuple(self._path)
+        left = merged.log_pi.masked_fill(~self.constraint.mask(merged.candidates), -torch.inf)
+        while bool((left > -torch.inf).any()):
+            shaped = shape(torch.log_softmax(left, dim=-1))
+            index = draw(shaped, uniform())
+            piece = merged.candidates.pieces[index]
+            self.advance(piece)
+            if piece == END or await self._has_room(num_left - 1):
+                return index, shaped
+            self.restart(path)
+            left[index] = -torch.inf
+        return None
+
+    def advance(self, piece: Piece) -> None:
+        """The answer went on with `piece`."""
+        self._path.append(piece)
+        if piece != END:
+            self.constraint.advance(piece.data)
+
+    def restart(self, path: Sequence[Piece]) -> None:
+        """The answer so far is `path`, whatever it was."""
+        self._path = list(path)
+        self.constraint.restart(b"".join(piece.data for piece in path))
+
+    async def spell(self, data: bytes) -> tuple[Piece, ...]:
+        """The pieces of `data`; they are the same again and again."""
+        if not data:
+            return ()
+        if data not in self._spelt:
+            if len(self._spelt) >= SPELLINGS_KEPT:
+                self._spelt.clear()
+            self._spelt[data] = await self._spell(data)
+        return self._spelt[data]
+
+    async def _has_room(self, num_left: int) -> bool:
+        """Whether the answer can be completed with `num_left` pieces, END among them."""
+        closing = self.constraint.closing()
+        # A piece has at least one byte: most of the time nothing needs to be spelt.
+        if closing is None or len(closing) + SLACK < num_left:
+            return True
+        return len(await self.spell(closing)) + SLACK < num_left

@@ -1,0 +1,214 @@
+"""Tools in words: how experts that know nothing of tools are told of them, and how their calls are read.
+
+A call is an answer that is one JSON object, `{"tool": NAME, "arguments": {...}}`. It is the same for every expert,
+whatever syntax its own template has, since experts of one answer write the same tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import Any, Final, Literal
+
+from mope_bb.errors import ConfigError
+from mope_bb.types import Message, ToolCall
+
+_NAME: Final = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+_HEAD: Final = re.compile(r'\{"tool": "([^"]*)", "arguments": ')
+MAX_TOOLS: Final = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Tool:
+    """A function that an answer may call."""
+
+    name: str
+    description: str
+    parameters: Mapping[str, Any]
+    """The JSON schema of its arguments, an object."""
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """Which form an answer must have."""
+
+    tools: tuple[Tool, ...] = ()
+    """Those that may be called."""
+    is_call_required: bool = False
+    schema: Mapping[str, Any] | bool | None = None
+    """What the whole answer must fit, as JSON; None = it is text."""
+    tells_schema: bool = True
+    """Whether the experts are told of the schema."""
+
+
+def parse_form(
+    tools: Sequence[Mapping[str, Any]] | None,
+    tool_choice: str | Mapping[str, Any] | None,
+    response_format: Mapping[str, Any] | None,
+) -> Form:
+    """Read `tools`, `tool_choice` and `response_format` in OpenAI's shapes. Raises ConfigError."""
+    offered = tuple(_parse_tool(tool) for tool in tools or ())
+    if len(offered) > MAX_TOOLS:
+        raise ConfigError(f"{len(offered)} tools are offered, at most {MAX_TOOLS} can be")
+    names = [tool.name for tool in offered]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ConfigError(f"two tools have the name {twice!r}")
+    schema, tells_schema = _parse_format(response_format)
+    kind = _parse_choice(tool_choice, names)
+    if kind == "none" or not offered:
+        return Form(schema=schema, tells_schema=tells_schema)
+    if schema is not None and kind == "auto":
+        raise ConfigError(
+            "`response_format` asks for JSON while `tools` may be called",
+            hint='Set tool_choice to "none" or "required", or leave `response_format` out.',
+        )
+    if kind not in ("auto", "required"):
+        offered = tuple(tool for tool in offered if tool.name == kind.removeprefix("name:"))
+    return Form(offered, is_call_required=kind != "auto")
+
+
+def _parse_tool(tool: object) -> Tool:
+    function = tool.get("function") if isinstance(tool, Mapping) else None
+    if not isinstance(tool, Mapping) or tool.get("type") != "function" or not isinstance(function, Mapping):
+        raise ConfigError('a tool is not {"type": "function", "function": {"name": ..., "parameters": {...}}}')
+    name, description = function.get("name"), function.get("description") or ""
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise ConfigError(f"the tool name {name!r} is not 1 to 64 letters, digits, '_', '-' or '.'")
+    parameters = function.get("parameters")
+    if parameters is None:
+        parameters = {"type": "object", "properties": {}, "additionalProperties": False}
+    if not isinstance(description, str) or not isinstance(parameters, Mapping):
+        raise ConfigError(f"tool {name!r}: `description` must be text and `parameters` a JSON schema")
+    if "type" not in parameters and not parameters.keys() & {"$ref", "anyOf", "oneOf", "allOf"}:
+        parameters = {**parameters, "type": "object"}
+    return Tool(name, description, parameters)
+
+
+def _parse_choice(choice: object, names: Sequence[str]) -> str:
+    """auto, none, required, or "name:" with a tool's name."""
+    if choice is None:
+        return "auto"
+    if choice in ("auto", "none"):
+        return str(choice)
+    if not names:
+        raise ConfigError(f"tool_choice is {choice!r} and `tools` is empty")
+    if choice == "required":
+        return "required"
+    function = choice.get("function") if isinstance(choice, Mapping) else None
+    name = function.get("name") if isinstance(function, Mapping) else None
+    if name not in names:
+        raise ConfigError(
+            f"tool_choice is {choice!r}, expected auto, none, required or the name of a tool",
+            hint=f"Offered: {', '.join(names)}.",
+        )
+    return f"name:{name}"
+
+
+def _parse_format(response_format: object) -> tuple[Mapping[str, Any] | bool | None, bool]:
+    if response_format is None:
+        return None, False
+    kind = response_format.get("type") if isinstance(response_format, Mapping) else None
+    if kind == "text":
+        return None, False
+    if kind == "json_object":
+        return {"type": "object"}, False
+    if isinstance(response_format, Mapping) and kind == "json_schema":
+        section = response_format.get("json_schema")
+        schema = section.get("schema") if isinstance(section, Mapping) else None
+        if isinstance(schema, Mapping | bool):
+            return schema, True
+    raise ConfigError(
+        "`response_format` is not understood",
+        hint='Expected {"type": "json_schema", "json_schema": {"schema": {...}}}, or type "json_object" or "text".',
+    )
+
+
+def call_prefix(name: str) -> str:
+    """How the call of a tool begins, up to its arguments; a brace follows them."""
+    return f'{{"tool": {json.dumps(name)}, "arguments": '
+
+
+def told_messages(
+    messages: Sequence[Message], form: Form, *, style: Literal["plain", "template"]
+) -> tuple[Message, ...]:
+    """The conversation as the experts get it: told of the form, and with calls and results in words.
+
+    `style` "template" leaves calls and results in past messages to each expert's own chat template.
+    """
+    told = tuple(messages) if style == "template" else _in_words(messages)
+    if not form.tools and not (form.schema is not None and form.tells_schema):
+        return told
+    schema = f"Answer only with JSON that fits this schema: {_compact(form.schema)}"
+    text = _describe_tools(form) if form.tools else schema
+    if told and told[0].role == "system":
+        return (replace(told[0], content=f"{told[0].content}\n\n{text}"), *told[1:])
+    return (Message("system", text), *told)
+
+
+def _describe_tools(form: Form) -> str:
+    lines = ["These tools can be called:"]
+    for tool in form.tools:
+        lines.append(f"- {tool.name}: {tool.description}".rstrip(": ") + f" Arguments: {_compact(tool.parameters)}")
+    how = f"{call_prefix('NAME')}{{...}}}}"
+    lines.append(f"Answer only with a call: {how}" if form.is_call_required else f"To call one, answer only with {how}")
+    return "\n".join(lines)
+
+
+def _in_words(messages: Sequence[Message]) -> tuple[Message, ...]:
+    calls = [json.loads(call) for message in messages for call in message.tool_calls]
+    names = {call.get("id"): call["function"]["name"] for call in calls}
+    found: list[Message] = []
+    for is_result, group in groupby(messages, key=lambda message: message.role == "tool"):
+        if is_result:
+            # One message for all results: many templates want user and assistant to take turns.
+            lines = [f"{names.get(one.tool_call_id, 'The tool')} returned: {one.content}" for one in group]
+            found.append(Message("user", "\n".join(lines)))
+        else:
+            found += map(_with_calls_in_words, group)
+    return tuple(found)
+
+
+def _with_calls_in_words(message: Message) -> Message:
+    functions = [json.loads(call)["function"] for call in message.tool_calls]
+    calls = [f"{call_prefix(function['name'])}{function['arguments']}}}" for function in functions]
+    return replace(message, content="\n".join(filter(None, [message.content, *calls])), tool_calls=())
+
+
+def _compact(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+class CallReader:
+    """Reads a call as it is written: `feed` gives the name once it is whole, and the text of the arguments."""
+
+    def __init__(self) -> None:
+        self.call_id = f"call_{secrets.token_hex(12)}"
+        self._text = ""
+        self._start: int | None = None
+        self._told = 0
+
+    def feed(self, text: str) -> tuple[str | None, str]:
+        """The name, where it is known since this piece, else None; and what the arguments grew by."""
+        self._text += text
+        name: str | None = None
+        if self._start is None:
+            found = re.match(_HEAD, self._text)
+            if found is None:
+                return None, ""
+            self._start, name = found.end(), found[1]
+        arguments = self._text[self._start :]
+        # The last brace is the call's own: it is held back until more follows.
+        end = len(arguments) - 1
+        told, self._told = arguments[self._told : max(end, self._told)], max(end, self._told)
+        return name, told
+
+    def read(self, text: str) -> ToolCall:
+        """The call that the whole `text` is, whether or not it was fed."""
+        call = json.loads(text)
+        found = re.match(_HEAD, text)
+        assert found is not None
+        return ToolCall(self.call_id, call["tool"], text[found.end() : -1])
