@@ -12,7 +12,7 @@ from mope_bb.pcm.merging import Plan
 from mope_bb.preferences import PreferenceLike
 from mope_bb.text import TextAssembler
 from mope_bb.tools import CallReader, Form
-from mope_bb.types import Answer, Effort, FinishReason, Piece, SamplingOptions, Token, TokenStep
+from mope_bb.types import Answer, Effort, FinishReason, SamplingOptions, Token, TokenStep
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class AnswerStream:
         self._make_plan = make_plan
         self._form = form or Form()
         self._options = options
-        self._call: CallReader | None = None
+        self._call = CallReader()
         self._steps: list[TokenStep] = []
         self._texts: list[str] = []
         self._finish_reason: FinishReason | None = None
@@ -60,12 +60,19 @@ class AnswerStream:
 
     async def events(self) -> AsyncGenerator[Event, None]:
         """The same as typed events, with text and tool calls apart: iterate this or the stream itself, not both."""
+        held, is_call = "", self._form.begins_call("")
         async for token in self._tokens:
-            if self._call is None:
-                yield TextDelta(token.text, token)
-            else:
-                name, arguments = self._call.feed(token.text)
+            held += token.text
+            is_call = self._form.begins_call(held) if is_call is None else is_call
+            if is_call:
+                name, arguments = self._call.feed(held)
                 yield ToolCallDelta(self._call.call_id, name, arguments, token)
+            elif is_call is None and token.finish_reason is None:
+                yield TextDelta("", token)
+                continue
+            else:
+                yield TextDelta(held, token)
+            held = ""
         yield Finished(self.answer)
 
     def steer(self, preference: PreferenceLike) -> Plan:
@@ -98,7 +105,7 @@ class AnswerStream:
             self._plan.rule.name,
             Effort() if opened is None else opened.effort,
             () if self._opened is None else (*self._opened.dropped, *self._opened.answer.dropped),
-            (self._call.read(self.text),) if is_called and self._call is not None else (),
+            (self._call.read(self.text),) if is_called else (),
             0 if self._opened is None else self._opened.num_prompt_tokens,
         )
 
@@ -114,15 +121,15 @@ class AnswerStream:
         steps = aiter(self._opened.answer)
         try:
             async for step in steps:
-                if not self._steps and self._begins_call(step.piece):
-                    self._call, assembler = CallReader(), TextAssembler()
+                if not self._steps and form.tools and step.piece.data[:1] == b"{":
+                    assembler = TextAssembler()
                 self._steps.append(step)
                 text = assembler.feed(step.piece)
                 reason: FinishReason | None = None
                 if assembler.is_stopped or len(self._steps) == options.max_tokens:
-                    reason = "length" if not assembler.is_stopped else "tool_calls" if self._call else "stop"
                     # What was held back as a possible stop string is text after all.
                     text += assembler.flush()
+                    reason = self._reason(self.text + text, is_stopped=assembler.is_stopped)
                 yield self._told(Token(text, step, reason))
                 if reason is not None:
                     return
@@ -134,8 +141,10 @@ class AnswerStream:
         finally:
             await steps.aclose()
 
-    def _begins_call(self, piece: Piece) -> bool:
-        return bool(self._form.tools) and (self._form.is_call_required or piece.data[:1] == b"{")
+    def _reason(self, text: str, *, is_stopped: bool) -> FinishReason:
+        if not is_stopped:
+            return "length"
+        return "tool_calls" if self._form.begins_call(text) else "stop"
 
     def _told(self, token: Token) -> Token:
         self._texts.append(token.text)

@@ -40,9 +40,20 @@ class Form:
     """Those that may be called."""
     is_call_required: bool = False
     schema: Mapping[str, Any] | bool | None = None
-    """What the whole answer must fit, as JSON; None = it is text."""
-    tells_schema: bool = True
+    """What an answer that is no call must fit, as JSON; None = it is text."""
+    tells_schema: bool = False
     """Whether the experts are told of the schema."""
+
+    def begins_call(self, text: str) -> bool | None:
+        """Whether an answer that begins with `text` is a call; None where that cannot be told yet."""
+        if not self.tools or self.is_call_required:
+            return bool(self.tools)
+        if self.schema is None:
+            return text[:1] == "{" if text else None
+        if found := _HEAD.match(text):
+            return any(tool.name == found[1] for tool in self.tools)
+        heads = [call_prefix(tool.name) for tool in self.tools]
+        return None if any(head.startswith(text) for head in heads) else False
 
 
 def parse_form(
@@ -61,14 +72,11 @@ def parse_form(
     kind = _parse_choice(tool_choice, names)
     if kind == "none" or not offered:
         return Form(schema=schema, tells_schema=tells_schema)
-    if schema is not None and kind == "auto":
-        raise ConfigError(
-            "`response_format` asks for JSON while `tools` may be called",
-            hint='Set tool_choice to "none" or "required", or leave `response_format` out.',
-        )
-    if kind not in ("auto", "required"):
+    if kind == "auto":
+        return Form(offered, schema=schema, tells_schema=tells_schema)
+    if kind != "required":
         offered = tuple(tool for tool in offered if tool.name == kind.removeprefix("name:"))
-    return Form(offered, is_call_required=kind != "auto")
+    return Form(offered, is_call_required=True)
 
 
 def _parse_tool(tool: object) -> Tool:
@@ -140,10 +148,13 @@ def told_messages(
     `style` "template" leaves calls and results in past messages to each expert's own chat template.
     """
     told = tuple(messages) if style == "template" else _in_words(messages)
-    if not form.tools and not (form.schema is not None and form.tells_schema):
+    parts = [_describe_tools(form)] if form.tools else []
+    if form.schema is not None and form.tells_schema:
+        how = "Else answer" if form.tools else "Answer"
+        parts.append(f"{how} only with JSON of this schema: {_compact(form.schema)}")
+    if not parts:
         return told
-    schema = f"Answer only with JSON that fits this schema: {_compact(form.schema)}"
-    text = _describe_tools(form) if form.tools else schema
+    text = "\n".join(parts)
     if told and told[0].role == "system":
         return (replace(told[0], content=f"{told[0].content}\n\n{text}"), *told[1:])
     return (Message("system", text), *told)
@@ -196,7 +207,7 @@ class CallReader:
         self._text += text
         name: str | None = None
         if self._start is None:
-            found = re.match(_HEAD, self._text)
+            found = _HEAD.match(self._text)
             if found is None:
                 return None, ""
             self._start, name = found.end(), found[1]
@@ -209,6 +220,6 @@ class CallReader:
     def read(self, text: str) -> ToolCall:
         """The call that the whole `text` is, whether or not it was fed."""
         call = json.loads(text)
-        found = re.match(_HEAD, text)
+        found = _HEAD.match(text)
         assert found is not None
         return ToolCall(self.call_id, call["tool"], text[found.end() : -1])

@@ -87,8 +87,8 @@ def read_end_as(piece: Piece, distribution: TokenDistribution) -> TokenDistribut
     return TokenDistribution(
         tuple(one for one, _ in ranked),
         tuple(min(0.0, value) for _, value in ranked),
-        # A list that held both is shorter by one, and so is the vocabulary.
-        distribution.vocab_size and distribution.vocab_size - (len(distribution.pieces) - len(ranked)),
+        # END is no piece any more.
+        distribution.vocab_size and distribution.vocab_size - 1,
         distribution.is_guess,
     )
 

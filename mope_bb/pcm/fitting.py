@@ -8,7 +8,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from mope_bb.errors import ConfigError
+from mope_bb.errors import AlignmentError, ConfigError
 from mope_bb.pcm.constraint import Constraint, read_end_as
 from mope_bb.pcm.merging import Merged
 from mope_bb.pcm.sampling import draw
@@ -16,6 +16,8 @@ from mope_bb.types import END, Piece, TokenDistribution
 
 SLACK: Final = 4
 """Pieces kept in reserve: the end of an answer that is written in parts may take more than in one."""
+CONTINUATION: Final = bytes(range(0x80, 0xC0))
+"""Bytes that are no beginning of a character in UTF-8."""
 SPELLINGS_KEPT: Final = 256
 
 
@@ -31,33 +33,37 @@ class Fitting:
 
     async def check_room(self, max_tokens: int) -> None:
         """Raise ConfigError where not even the shortest answer fits into `max_tokens`."""
-        closing = self.constraint.closing()
-        if closing is not None and (needed := len(await self.spell(closing)) + 1) > max_tokens:
+        closing = await self.end()
+        if len(closing) > max_tokens:
             raise ConfigError(
-                f"max_tokens is {max_tokens}, and the shortest answer of this form needs about {needed}",
-                hint=f"Set max_tokens to {4 * needed} or more.",
+                f"max_tokens is {max_tokens}, and the shortest answer of this form needs about {len(closing)}",
+                hint=f"Set max_tokens to {4 * len(closing)} or more.",
             )
 
     async def given(self, num_left: int) -> tuple[Piece, ...]:
         """What needs no expert: what the form leaves alone, or its end where nothing else fits into `num_left`."""
         if self.constraint.is_over:
             return (END,)
-        if not await self._has_room(num_left - 1):
-            return await self.end()
+        if not await self._has_room(num_left - 1) and (end := await self.end()):
+            return end
         return await self.spell(self.constraint.forced())
 
     async def end(self) -> tuple[Piece, ...]:
         """What completes the answer, END included; nothing where no way is known."""
         closing = self.constraint.closing()
-        return () if closing is None else (*await self.spell(closing), END)
+        if closing is None:
+            return ()
+        try:
+            return (*await self.spell(closing), END)
+        except AlignmentError:  # in the middle of a character, which an expert must complete
+            return ()
 
     async def read(self, lists: Sequence[TokenDistribution]) -> list[TokenDistribution]:
         """The lists as the form understands them: see `constraint`."""
-        closing = None if self.constraint.is_complete else self.constraint.closing()
-        if not closing or all(END not in one.pieces for one in lists):
+        if self.constraint.is_complete or all(END not in one.pieces for one in lists):
             return list(lists)
-        first = (await self.spell(closing))[0]
-        return [read_end_as(first, one) for one in lists]
+        end = await self.end()
+        return [read_end_as(end[0], one) for one in lists] if end else list(lists)
 
     async def draw(
         self, merged: Merged, shape: Callable[[Tensor], Tensor], uniform: Callable[[], float], num_left: int
@@ -106,4 +112,6 @@ class Fitting:
         # A piece has at least one byte: most of the time nothing needs to be spelt.
         if closing is None or len(closing) + SLACK < num_left:
             return True
-        return len(await self.spell(closing)) + SLACK < num_left
+        # The rest of a character may take a piece for each of its bytes.
+        whole = closing.lstrip(CONTINUATION)
+        return len(closing) - len(whole) + len(await self.spell(whole)) + SLACK < num_left

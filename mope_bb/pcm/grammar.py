@@ -6,9 +6,7 @@ llguidance reads bytes here, not tokens: one matcher then serves every tokenizer
 from __future__ import annotations
 
 import json
-import random
-import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 from mope_bb.errors import ConfigError
@@ -19,9 +17,12 @@ from mope_bb.types import END, Piece
 JSON_STYLE: Final = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """As `json.dumps` writes. Freedom in whitespace would be freedom to write nothing else."""
 MAX_CLOSING: Final = 2048
-"""Bytes that the end of an answer may need."""
+"""Bytes that the end of an answer may need;"""
+MAX_PLAIN: Final = 512
+"""bytes for which it is sought by letters alone."""
 _QUOTE: Final = ord('"')
-_PLAIN: Final = frozenset((string.ascii_letters + string.digits + " ").encode())
+_PLAIN: Final = b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ1234567890 "
+_OTHERS: Final = bytes(byte for byte in range(256) if byte not in _PLAIN)
 _OUTSIDE: Final = b'}],"0123456789ntf[{-'
 """Outside a string, what ends soonest comes first: what closes, then short values."""
 
@@ -39,7 +40,8 @@ class Grammar(Constraint):
                 hint="Leave out what is not supported, or loosen it.",
             )
         self._length = 0
-        self._is_in_string = self._is_escaped = False
+        self._is_in_string = self._is_escaped = self._is_closing_known = False
+        self._closing: bytes | None = None
 
     @property
     def is_complete(self) -> bool:
@@ -60,12 +62,22 @@ class Grammar(Constraint):
         return super().allowed_among([one for one in vocabulary if one == END or one.data[:1] in first])
 
     def closing(self) -> bytes | None:
+        if not self._is_closing_known:
+            self._closing, self._is_closing_known = self._find_closing(), True
+        return self._closing
+
+    def _find_closing(self) -> bytes | None:
+        # Most strings may end after any few letters; where that leads nowhere, as before the @ of an address, look.
+        found = self._walk(lambda mask: next((byte for byte in _PLAIN if mask[byte]), None), MAX_PLAIN)
+        seen: set[bytes] = set()
+        return found if found is not None else self._walk(lambda mask: self._newest(mask, seen), MAX_CLOSING)
+
+    def _walk(self, in_string: Callable[[bytes], int | None], longest: int) -> bytes | None:
+        """The way to the end of the form; `in_string` chooses in a string that may not end yet, by the mask."""
         state = self._is_in_string, self._is_escaped
         found = bytearray()
-        # The same choices at every step of an answer, but no rule that could go round in circles.
-        random_bytes = random.Random(0)
-        while not self.is_complete and len(found) < MAX_CLOSING:
-            step = self._matcher.compute_ff_bytes() or self._soonest(random_bytes)
+        while not self.is_complete and len(found) < longest:
+            step = self._matcher.compute_ff_bytes() or self._soonest(in_string)
             if not step or not self._matcher.consume_tokens(list(step)):
                 break
             self._scan(step)
@@ -78,6 +90,7 @@ class Grammar(Constraint):
     def advance(self, data: bytes) -> None:
         if not self._matcher.consume_tokens(list(data)):
             raise ValueError(f"{data!r} is not allowed after {self._length} bytes")
+        self._is_closing_known = False
         self._length += len(data)
         self._scan(data)
 
@@ -86,17 +99,28 @@ class Grammar(Constraint):
         self._length, self._is_in_string, self._is_escaped = 0, False, False
         self.advance(data)
 
-    def _soonest(self, random_bytes: random.Random) -> bytes:
-        allowed = self._next_bytes()
-        if self._is_in_string:
-            if b'"' in allowed and not self._is_escaped:
-                return b'"'
-            plain = [one for one in allowed if one[0] in _PLAIN]
-            return random_bytes.choice(sorted(plain or allowed)) if allowed else b""
-        first = next((bytes([one]) for one in _OUTSIDE if bytes([one]) in allowed), None)
-        if first is not None and first.isdigit():
-            return random_bytes.choice(sorted(one for one in allowed if one.isdigit()))
-        return first or min(allowed, default=b"")
+    def _soonest(self, in_string: Callable[[bytes], int | None]) -> bytes:
+        mask = self._matcher.compute_logit_bias()
+        if self._is_in_string and not (mask[_QUOTE] and not self._is_escaped):
+            byte = in_string(mask)
+        else:
+            byte = next((byte for byte in (b'"' if self._is_in_string else _OUTSIDE) if mask[byte]), None)
+        return b"" if byte is None else bytes([byte])
+
+    def _newest(self, mask: bytes, seen: set[bytes]) -> int | None:
+        """The byte after which something else may follow than at any time before: a pattern's states differ in that.
+
+        `seen` are the masks on the way so far.
+        """
+        choices: list[int] = [byte for byte in (*_PLAIN, *_OTHERS) if mask[byte]]
+        for byte in choices:
+            self._matcher.consume_token(byte)
+            after = self._matcher.compute_logit_bias()
+            self._matcher.rollback(1)
+            if after not in seen:
+                seen.add(after)
+                return byte
+        return choices[0] if choices else None
 
     def _next_bytes(self) -> frozenset[bytes]:
         mask = self._matcher.compute_logit_bias()
@@ -160,7 +184,8 @@ class MaybeCall(Constraint):
 def build_constraint(form: Form) -> Constraint | None:
     """What enforces `form`; None where any text will do. Raises ConfigError."""
     if form.tools:
-        return call_constraint(form.tools, is_required=form.is_call_required)
+        call = call_constraint(form.tools, or_json=form.schema)
+        return call if form.is_call_required or form.schema is not None else MaybeCall(call)
     return None if form.schema is None else json_constraint(form.schema)
 
 
@@ -170,16 +195,16 @@ def json_constraint(schema: Mapping[str, Any] | bool) -> Constraint:
     return Grammar(_llguidance().LLMatcher.grammar_from_json_schema(_styled(schema)), what=what)
 
 
-def call_constraint(tools: Sequence[Tool], *, is_required: bool) -> Constraint:
-    """Only a call of one of `tools`, with arguments that fit its schema; or also any text. Raises ConfigError."""
-    rules = [f"start: {' | '.join(f'call{n}' for n in range(len(tools)))}"]
+def call_constraint(tools: Sequence[Tool], *, or_json: Mapping[str, Any] | bool | None = None) -> Constraint:
+    """Only a call of one of `tools`, with arguments that fit its schema; or also JSON. Raises ConfigError."""
+    choices = [f"call{n}" for n in range(len(tools))]
+    rules = [] if or_json is None else [f"answer: %json {json.dumps(_styled(or_json))}"]
+    rules.insert(0, f"start: {' | '.join(choices + ['answer'] * len(rules))}")
     for n, tool in enumerate(tools):
         rules.append(f'call{n}: {json.dumps(call_prefix(tool.name))} %json {json.dumps(_styled(tool.parameters))} "}}"')
     names = ", ".join(tool.name for tool in tools)
-    call = Grammar(
-        _llguidance().LLMatcher.grammar_from_lark("\n".join(rules)), what=f"the parameters of a tool ({names})"
-    )
-    return call if is_required else MaybeCall(call)
+    what = f"the parameters of a tool ({names})" + (" or the JSON schema" if or_json is not None else "")
+    return Grammar(_llguidance().LLMatcher.grammar_from_lark("\n".join(rules)), what=what)
 
 
 def _styled(schema: Mapping[str, Any] | bool) -> dict[str, Any]:

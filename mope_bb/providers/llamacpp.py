@@ -31,6 +31,7 @@ from mope_bb.chat_tokenizer import (
 )
 from mope_bb.config import ExpertConfig
 from mope_bb.errors import (
+    AlignmentError,
     ContextLengthError,
     LogprobsUnavailableError,
     MalformedResponseError,
@@ -101,7 +102,11 @@ class LlamaCppExpert(IdEndpoint):
     async def spell(self, data: bytes) -> tuple[Piece, ...]:
         if self._known_tokenizer is not None:
             return await super().spell(data)
-        body = {"content": data.decode(), "add_special": False, "parse_special": False, "with_pieces": True}
+        try:
+            text = data.decode()
+        except UnicodeDecodeError:
+            raise AlignmentError(f"{data!r} is no text, which expert {self.name!r} cannot tokenize") from None
+        body = {"content": text, "add_special": False, "parse_special": False, "with_pieces": True}
         return parse_spelling(await self._client.post_json("/tokenize", body), data, expert=self.name)
 
     async def vocabulary(self) -> Sequence[Piece]:
