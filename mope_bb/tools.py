@@ -11,7 +11,6 @@ import re
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
 from typing import Any, Final, Literal
 
 from mope_bb.errors import ConfigError
@@ -163,7 +162,7 @@ def told_messages(
 def _describe_tools(form: Form) -> str:
     lines = ["These tools can be called:"]
     for tool in form.tools:
-        lines.append(f"- {tool.name}: {tool.description}".rstrip(": ") + f" Arguments: {_compact(tool.parameters)}")
+        lines.append(f"- {tool.name}: {tool.description} Arguments: {_compact(tool.parameters)}".replace(":  ", ": "))
     how = f"{call_prefix('NAME')}{{...}}}}"
     lines.append(f"Answer only with a call: {how}" if form.is_call_required else f"To call one, answer only with {how}")
     return "\n".join(lines)
@@ -173,14 +172,19 @@ def _in_words(messages: Sequence[Message]) -> tuple[Message, ...]:
     calls = [json.loads(call) for message in messages for call in message.tool_calls]
     names = {call.get("id"): call["function"]["name"] for call in calls}
     found: list[Message] = []
-    for is_result, group in groupby(messages, key=lambda message: message.role == "tool"):
-        if is_result:
-            # One message for all results: many templates want user and assistant to take turns.
-            lines = [f"{names.get(one.tool_call_id, 'The tool')} returned: {one.content}" for one in group]
-            found.append(Message("user", "\n".join(lines)))
+    results: list[str] = []
+    for message in messages:
+        if message.role == "tool":
+            results.append(f"{names.get(message.tool_call_id, 'The tool')} returned: {message.content}")
+        elif results and message.role == "user":
+            # In one message: many templates want user and assistant to take turns.
+            found.append(replace(message, content="\n".join([*results, message.content])))
+            results = []
         else:
-            found += map(_with_calls_in_words, group)
-    return tuple(found)
+            found += [Message("user", "\n".join(results))] if results else []
+            found.append(_with_calls_in_words(message))
+            results = []
+    return (*found, Message("user", "\n".join(results))) if results else tuple(found)
 
 
 def _with_calls_in_words(message: Message) -> Message:

@@ -108,7 +108,7 @@ class Expert(ABC):
         Where the endpoint can, exactly these are asked for, at most `capabilities.max_named`, else its longest list.
         Raises ProviderError or AlignmentError.
         """
-        longest = self.capabilities.max_top_k or LONGEST_LIST
+        longest = self.capabilities.max_top_k or min(LONGEST_LIST, len(await self.vocabulary()) or LONGEST_LIST)
         return await self.next_tokens(context, top_k=max(top_k, longest))
 
     async def spell(self, data: bytes) -> tuple[Piece, ...]:

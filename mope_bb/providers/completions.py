@@ -31,7 +31,7 @@ from mope_bb.failures import shown
 from mope_bb.providers.connect import load_served_tokenizer, open_client, required_model, required_url
 from mope_bb.providers.dialects import COMPLETIONS, CompletionsDialect
 from mope_bb.providers.drawing import ENDED, ONE_DRAW, DrawAsk, check_num_drawn, parse_drawn_ids
-from mope_bb.providers.endpoint import Ask, IdEndpoint, build_from_reply, check_all_read
+from mope_bb.providers.endpoint import Ask, IdEndpoint, check_all_read
 from mope_bb.providers.text_endpoint import TextEndpoint
 from mope_bb.providers.wire import PieceReader, Reply, as_count, in_order, parse_openai_logprobs, parse_usage
 from mope_bb.transport import HttpClient
@@ -66,6 +66,8 @@ def build_request(
         body["logprobs"] = ask.top_k
     else:
         body |= {"logprobs": True, "top_logprobs": ask.top_k}
+    if ask.named:
+        body["logprob_token_ids"] = list(ask.named)
     if forced_id is not None:
         body["logit_bias"] = {str(forced_id): FORCE_BIAS}
     if ask.is_draft and dialect.capabilities.drafts == "exact":
@@ -269,22 +271,6 @@ class IdCompletions(IdEndpoint):
                 f"{len(drafted)} tokens of the prompt were to be echoed, and {echoed} came", expert=self.name
             )
         return await self.build_lists(reply.positions, top_k)
-
-    async def ask_among(self, context: Context, pieces: Sequence[Piece], *, top_k: int) -> TokenDistribution:
-        named = [piece.token_id for piece in pieces[: self.capabilities.max_named]]
-        if not named:
-            return await super().ask_among(context, pieces, top_k=top_k)
-        ids = await self.ids_of(context)
-        body = build_request([ids], Ask(top_k), dialect=self._dialect, model=await self._model_name(), forced_id=None)
-        # In place of the best ones these are listed, and what was drawn.
-        body["logprob_token_ids"] = named
-        data = await self._client.post_json("/completions", body, num_entries=len(named) + 1)
-        (reply,) = parse_response(data, PieceReader(await self.tokenizer()), 1, expert=self.name)
-        if isinstance(reply, MopeError):
-            raise reply
-        return build_from_reply(
-            reply, num_ids=len(ids), top_k=len(named) + 1, vocab_size=await self.vocab_size(), expert=self.name
-        )
 
     async def identity(self) -> tuple[str, ...]:
         # Without a name it is whatever is served.

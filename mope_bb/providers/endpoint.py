@@ -44,6 +44,8 @@ class Ask:
     """Of what the endpoint draws; None = the one at which it returns the model's own logprobs."""
     seed: int | None = None
     """Of what the endpoint draws, where it takes one."""
+    named: tuple[int, ...] = ()
+    """Tokens that are listed in place of the `top_k` best, beside the one that is drawn."""
 
     @property
     def is_draft(self) -> bool:
@@ -52,7 +54,7 @@ class Ask:
 
     def num_entries(self, num_prompts: int = 1) -> int:
         """How many entries the lists of the reply may have in all."""
-        return num_prompts * self.num_tokens * self.top_k
+        return num_prompts * self.num_tokens * max(self.top_k, len(self.named) + 1)
 
 
 class Connection(Protocol):
@@ -249,6 +251,19 @@ class IdEndpoint(IdExpert, WireExpert):
         steps = await super().draft(context, top_k=top_k, num_tokens=num_tokens, temperature=temperature, seed=seed)
         await self.remember(context, steps, top_k)
         return steps
+
+    async def ask_among(self, context: Context, pieces: Sequence[Piece], *, top_k: int) -> TokenDistribution:
+        named = [piece.token_id for piece in pieces if piece.token_id is not None][: self.capabilities.max_named]
+        if not named:
+            return await super().ask_among(context, pieces, top_k=top_k)
+        reply = await self.observe(context, Ask(top_k, named=tuple(named)))
+        return build_from_reply(
+            reply,
+            num_ids=len(await self.ids_of(context)),
+            top_k=len(named) + 1,
+            vocab_size=await self.vocab_size(),
+            expert=self.name,
+        )
 
     async def write(self, context: Context, ask: Ask) -> Reply:
         reply = await super().write(context, ask)

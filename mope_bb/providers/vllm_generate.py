@@ -44,7 +44,8 @@ def build_request(ids: Sequence[int], ask: Ask, *, model: str) -> dict[str, Any]
         "sampling_params": {
             "max_tokens": ask.num_tokens,
             "temperature": ask.temperature or 0.0,
-            "logprobs": ask.top_k,
+            "logprobs": len(ask.named) or ask.top_k,
+            **({"logprob_token_ids": list(ask.named)} if ask.named else {}),
         },
         "output_mode": "tokens",
     }

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import numpy as np
 import pytest
 import torch
@@ -27,7 +28,7 @@ from mope_bb.pcm.gates import LinearGate
 from mope_bb.pcm.merging import Plan, merge_step
 from mope_bb.pcm.mixture import build_rule
 from mope_bb.pcm.runner import UserWeights
-from mope_bb.providers.base import IdExpert
+from mope_bb.providers.base import Expert, IdExpert
 from mope_bb.providers.pool import ExpertPool
 from mope_bb.providers.registry import open_expert
 from mope_bb.session import open_session
@@ -43,6 +44,17 @@ EXACT = 1e-4
 """Of any probability of the merged distribution."""
 LAMBDAS = {"one": 0.6, "two": 0.4}
 BIKE = Context((Message("user", "How do I fix a bike?"),))
+PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string"},
+        "code": {"type": "string", "pattern": "^[A-Z]{2}-[0-9]{3}$"},
+        "kind": {"enum": ["friend", "stranger"]},
+        "tags": {"type": "array", "items": {"type": "string"}, "maxItems": 3},
+    },
+    "required": ["name", "code", "kind", "tags"],
+    "additionalProperties": False,
+}
 QUESTIONS = ("How do I fix a bike?", "How do I paint a door?", "How do I repair a café?")
 
 
@@ -199,6 +211,60 @@ def test_one_answer_from_three_places(vllm: EngineServer, nano_experts: ZooServe
             assert all(max(row) > -10 for row in step.candidates.logprobs)
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("provider", ["vllm", "vllm-generate"])
+def test_named_tokens_are_those_of_the_whole_list(vllm: EngineServer, provider: str) -> None:
+    """Improbable ones too, and several at once: each has the logprob that a list of the whole vocabulary gives it."""
+
+    async def run() -> None:
+        pool = ExpertPool(config_of(*three(vllm, provider=provider, top_k=5)).experts, cache=None)
+        try:
+            await pool.open(("base", "one"))
+            vocabulary = await pool.vocabulary("base")
+            wanted = vocabulary[200:300]
+            named = await pool.ask_among(("base", "one"), BIKE, wanted)
+            whole = await asyncio.gather(
+                *(open_expert_of(pool, name).next_tokens(BIKE, top_k=len(vocabulary)) for name in ("base", "one"))
+            )
+            for found, known in zip(named, whole, strict=True):
+                truth = dict(zip(known.pieces, known.logprobs, strict=True))
+                # On the one route the drawn token stands in the place of the last one.
+                assert set(wanted[:-1] if provider == "vllm-generate" else wanted) <= set(found.pieces)
+                for piece, value in zip(found.pieces, found.logprobs, strict=True):
+                    assert value == pytest.approx(truth[piece], abs=1e-3)
+        finally:
+            await pool.aclose()
+
+    asyncio.run(run())
+
+
+def open_expert_of(pool: ExpertPool, name: str) -> Expert:
+    """The adapter itself."""
+    return pool._experts[name]
+
+
+@pytest.mark.parametrize("provider", ["vllm", "vllm-generate"])
+def test_answers_have_the_form_that_is_asked_for(vllm: EngineServer, provider: str) -> None:
+    """JSON that fits its schema, and a tool call, by lists of five tokens of models that have never seen either."""
+    tool = {"type": "function", "function": {"name": "note", "parameters": PERSON}}
+
+    async def run() -> None:
+        async with open_session(config_of(*three(vllm, provider=provider, top_k=5))) as session:
+            for seed in range(4):
+                answer = await session.complete(
+                    "How do I fix a bike?",
+                    preference="one=0.6,two=0.4",
+                    response_format={"type": "json_schema", "json_schema": {"name": "person", "schema": PERSON}},
+                    max_tokens=120,
+                    seed=seed,
+                )
+                jsonschema.validate(json.loads(answer.text), PERSON)
+                assert answer.finish_reason == "stop"
+            answer = await session.complete("Hi", preference="one", tools=[tool], tool_choice="required", seed=1)
+            jsonschema.validate(json.loads(answer.tool_calls[0].arguments), PERSON)
+
+    asyncio.run(run())
 
 
 @pytest.mark.parametrize("provider", ["vllm", "vllm-generate", "vllm-chat"])

@@ -86,6 +86,14 @@ def test_history_in_words() -> None:
     assert results == Message("user", "get_weather returned: sunny\nwait returned: waited")
 
 
+def test_results_and_the_next_question_are_one_message() -> None:
+    """User and assistant take turns, as many templates want it."""
+    asked = [*HISTORY, {"role": "user", "content": "And tomorrow?"}]
+    told = told_messages(parse_conversation(asked), Form(), style="plain")
+    assert [message.role for message in told] == ["system", "user", "assistant", "user"]
+    assert told[-1].content == "get_weather returned: sunny\nwait returned: waited\nAnd tomorrow?"
+
+
 def test_history_for_templates() -> None:
     """Calls and results stay in OpenAI's shape; a system message comes in front where there was none."""
     told = told_messages(parse_conversation(HISTORY[1:]), parse_form([WEATHER], "required", None), style="template")
