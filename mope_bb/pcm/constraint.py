@@ -80,6 +80,12 @@ def read_end_as(piece: Piece, distribution: TokenDistribution) -> TokenDistribut
     """`distribution` with the probability of END given to `piece`."""
     if END not in distribution.pieces:
         return distribution
+    if piece.token_id is None and any(one.token_id is not None for one in distribution.pieces if one != END):
+        # An endpoint that tells ids and no tokenizer: only what is on its lists has one.
+        same = [one for one in distribution.pieces if one.data == piece.data]
+        if not same:
+            return distribution
+        piece = same[0]
     found = dict(zip(distribution.pieces, distribution.logprobs, strict=True))
     end = found.pop(END)
     found[piece] = float(np.logaddexp(found.get(piece, -math.inf), end))

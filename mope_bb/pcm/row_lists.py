@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mope_bb.chat_tokenizer import ChatTokenizer
 from mope_bb.errors import ContextLengthError
+from mope_bb.inference import log_probabilities
 from mope_bb.pcm.alignment import tails_and_floors
 from mope_bb.pcm.mixture import IMPOSSIBLE, Lists
 from mope_bb.providers.base import with_system
@@ -79,12 +80,12 @@ class Feed:
 
     def _top(self, outputs: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and logprobs, (B, K), from outputs (B, V). END's key is -1; all end ids add up in it."""
-        logprobs = torch.log_softmax(outputs.cpu().double(), dim=-1)
+        logprobs = log_probabilities(outputs)
         ends = torch.logsumexp(logprobs[:, self._ends], dim=-1, keepdim=True)
         logprobs[:, self._ends] = -math.inf
         self.vocab_size = logprobs.shape[1] - len(self._ends) + 1
         values, keys = torch.cat([ends, logprobs], dim=-1).topk(min(self._model.top_k, self.vocab_size))
-        return keys - 1, values
+        return keys.cpu() - 1, values.cpu()
 
 
 def align_rows(keys: Tensor, values: Tensor, *, vocab_sizes: Sequence[int]) -> tuple[Tensor, Lists]:

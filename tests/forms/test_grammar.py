@@ -188,3 +188,11 @@ def test_end_is_read_as_what_ends_the_form() -> None:
     assert joined.logprobs == pytest.approx((-0.6867383, -1.2))
     plain = TokenDistribution((letter,), (-0.1,))
     assert read_end_as(quote, plain) is plain
+
+
+def test_end_is_read_by_ids_that_are_on_the_list() -> None:
+    """An endpoint that tells ids but whose tokenizer is not known."""
+    quote, letter = Piece(b'"', 1), Piece(b"a", 2)
+    listed = TokenDistribution((END, letter, quote), (-1.0, -1.2, -2.0))
+    assert read_end_as(Piece(b'"'), listed).pieces == (quote, letter)
+    assert read_end_as(Piece(b"}"), listed) is listed
