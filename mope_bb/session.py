@@ -25,10 +25,11 @@ from mope_bb.config import Config, PcmConfig, load_config
 from mope_bb.conversations import Conversation, parse_conversation
 from mope_bb.errors import ConfigError, PreferenceError, ProviderError
 from mope_bb.inference import choose_device
-from mope_bb.pcm.decode import decode, drop_failed, open_experts
+from mope_bb.pcm.decode import decode
 from mope_bb.pcm.grammar import build_constraint
 from mope_bb.pcm.merging import Plan
 from mope_bb.pcm.model import PreferenceControlModel, load_pcm
+from mope_bb.pcm.opening import drop_failed, open_experts
 from mope_bb.pcm.pacing import Pace
 from mope_bb.pcm.plans import build_plan, configured_rule
 from mope_bb.pcm.runner import PcmScorer, Scorer, UserWeights

@@ -11,7 +11,6 @@ and a piece that an expert drafted is tested against the merged distribution (`s
 from __future__ import annotations
 
 import asyncio
-import logging
 import random
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
@@ -35,6 +34,7 @@ from mope_bb.pcm import expert_first
 from mope_bb.pcm.constraint import Constraint, forced_step
 from mope_bb.pcm.fitting import Fitting
 from mope_bb.pcm.merging import Merged, Plan, merge_path
+from mope_bb.pcm.opening import drop_failed, open_experts
 from mope_bb.pcm.pacing import AnswerPace, Move, Pace, Request
 from mope_bb.pcm.runner import PathJudgement, Scorer
 from mope_bb.pcm.sampling import check_sampling, draw, shape_distribution
@@ -46,7 +46,6 @@ from mope_bb.types import END, Context, DraftStep, Effort, Piece, SamplingOption
 T = TypeVar("T")
 REFUSALS = (RequestError, MalformedResponseError, LogprobsUnavailableError)
 """What an endpoint answers that does not do what was asked of it."""
-_log = logging.getLogger(__name__)
 
 
 class OpenAnswer:
@@ -66,7 +65,15 @@ class OpenAnswer:
         drops_failed: bool = False,
         constraint: Constraint | None = None,
     ) -> None:
-        """See `decode`."""
+        """The steps of one answer, END included, at most `options.max_tokens` pieces: `async for step in decode(...)`.
+
+        `pace` is what the answers of one pool have measured together. `is_repeatable` keeps out what endpoints draw by
+        themselves: there is then one uniform number per step from a generator of this answer's own, and equal seeds
+        and equal distributions give equal answers. `drops_failed`: an expert whose endpoint is down, or keeps failing,
+        is left out from there on; the base of a rule that needs one and the last expert are not. `constraint` is the
+        form that the answer must have, as far as `max_tokens` allows. Raises ConfigError here; ProviderError,
+        BudgetError, AlignmentError, ConstraintError, PcmError on the way.
+        """
         check_sampling(options)
         self.effort = Effort()
         """What the experts did so far."""
@@ -469,56 +476,8 @@ class OpenAnswer:
         self._count(num_generated=number)
 
 
-def decode(
-    context: Context,
-    plan: Plan,
-    pool: ExpertPool,
-    scorer: Scorer,
-    options: SamplingOptions,
-    *,
-    seed: int,
-    pace: Pace | None = None,
-    is_repeatable: bool = False,
-    drops_failed: bool = False,
-    constraint: Constraint | None = None,
-) -> OpenAnswer:
-    """The steps of one answer, END included, at most `options.max_tokens` pieces: `async for step in decode(...)`.
-
-    `pace` is what the answers of one pool have measured together. `is_repeatable` keeps out what endpoints draw by
-    themselves: there is then one uniform number per step from a generator of this answer's own, and equal seeds and
-    equal distributions give equal answers. `drops_failed`: an expert whose endpoint is down, or keeps failing, is left
-    out from there on; the base of a rule that needs one and the last expert are not. `constraint` is the form that the
-    answer must have, as far as `max_tokens` allows. Raises ConfigError here; ProviderError, BudgetError,
-    AlignmentError, ConstraintError, PcmError on the way.
-    """
-    return OpenAnswer(
-        context,
-        plan,
-        pool,
-        scorer,
-        options,
-        seed=seed,
-        pace=pace,
-        is_repeatable=is_repeatable,
-        drops_failed=drops_failed,
-        constraint=constraint,
-    )
-
-
-async def open_experts(pool: ExpertPool, plan: Plan, *, waits: bool) -> None:
-    """Open the experts of `plan`; `waits`: also for one that is down. Raises ProviderError."""
-    if not waits:
-        pool.check_not_down(plan.asked)
-    await pool.open(plan.asked)
-
-
-def drop_failed(plan: Plan, error: ProviderError, *, is_allowed: bool) -> Plan:
-    """`plan` without the expert that `error` names, with a warning. Raises `error` where that cannot be."""
-    left = plan.without(error.expert or "")
-    if left is None or not (is_allowed and error.retryable):
-        raise error
-    _log.warning("%s; the answer goes on without this expert", error)
-    return left
+decode = OpenAnswer
+"""The one code path: `async for step in decode(...)`."""
 
 
 def _testable(draft: Sequence[DraftStep]) -> Sequence[DraftStep]:
