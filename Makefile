@@ -17,7 +17,8 @@ demo: $(STAMP)
 		--pref concise,technical,grumpy --pref simple,friendly --pref informative,technical,friendly
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not alone"
+	$(BIN)/python -m pytest -m alone
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .
@@ -65,6 +66,11 @@ evidence: $(STAMP)
 .PHONY: engines
 engines: $(STAMP) vllm-env
 	$(BIN)/python -m pytest tests/engines --engines
+
+# The page of `mope-bb serve` in Chromium, which has to be on the PATH (Debian: apt-get install chromium).
+.PHONY: page
+page: $(STAMP)
+	$(BIN)/python -m pytest tests/page
 
 # Claims about speed, as ratios measured side by side. Results go to benchmarks/.
 .PHONY: bench

@@ -28,6 +28,14 @@ def zoo_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Path(chosen) if chosen else tmp_path_factory.mktemp("home")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_home(zoo_home: Path) -> Iterator[None]:
+    """What the tests keep, logs of chats among it, is not put beside what the developer keeps."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MOPE_BB_HOME", os.environ.get("MOPE_BB_HOME") or str(zoo_home))
+        yield
+
+
 @pytest.fixture(scope="session")
 def nano(zoo_home: Path) -> Zoo:
     """A quickly trained zoo: real models that speak badly."""

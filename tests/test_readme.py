@@ -1,4 +1,4 @@
-"""The README's library example runs as printed."""
+"""The README's examples run as printed."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import pytest
 from mope_bb import zoo
 from mope_bb.config import parse_config
 from mope_bb.zoo.serving import ZooServer
+from tests.server.serving import served as served_over_http
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -39,17 +40,29 @@ def served(monkeypatch: pytest.MonkeyPatch, nano_experts: ZooServer) -> None:
     monkeypatch.setattr(zoo, "serve", lambda: contextlib.nullcontext(nano_experts), raising=False)
 
 
+CLIENT, LIBRARY = blocks("python")
+
+
 def run_example() -> str:
-    """What the example prints."""
+    """What the library's example prints."""
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        exec(compile(blocks("python")[0], "README.md", "exec"), {})  # noqa: S102  # our own file
+        exec(compile(LIBRARY, "README.md", "exec"), {})  # noqa: S102  # our own file
     return printed.getvalue()
+
+
+def test_client_example_runs(nano_experts: ZooServer) -> None:
+    """The openai SDK against our server, at the address that this test's has."""
+    with served_over_http(nano_experts.config()) as server:
+        code = CLIENT.replace("http://127.0.0.1:8000", server.url)
+        assert code != CLIENT
+        found: dict[str, Any] = {}
+        exec(compile(f"{code}\nclient.close()", "README.md", "exec"), found)  # noqa: S102  # our own file
 
 
 @pytest.mark.usefixtures("served")
 def test_example_runs_as_printed() -> None:
     """Ten lines, two answers."""
-    assert len(blocks("python")[0].strip().splitlines()) <= 10
+    assert len(LIBRARY.strip().splitlines()) <= 10
     assert re.search(r" (stop|length) \d+\n$", run_example())
 
 

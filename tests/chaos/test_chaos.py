@@ -171,6 +171,7 @@ def test_retry_after_is_obeyed(truth: Truth, url: str) -> None:
     assert results["429 huge"]["outcome"] == "ProviderTimeoutError"
 
 
+@pytest.mark.alone
 def test_a_hidden_limit_that_moves_is_found(truth: Truth, url: str) -> None:
     """In the end few are rejected, and none is lost."""
     limits = (20, 8, 14)
@@ -183,6 +184,7 @@ def test_a_hidden_limit_that_moves_is_found(truth: Truth, url: str) -> None:
     assert num_rejected <= 0.05 * (num_rejected + num_answered), results
 
 
+@pytest.mark.alone
 def test_hostile_replies(truth: Truth, url: str) -> None:
     """Each is a typed error within the deadline, and together they take less than 200 MB."""
     results = measure_hostile(truth, url, dialects=["vllm"], together=True, timeout_s=TIMEOUT_S)
