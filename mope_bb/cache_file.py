@@ -92,18 +92,18 @@ class CacheFile:
         if new_version is not None:
             if self._is_empty():
                 self._create(new_version)
-            _patiently(lambda: connection.execute("PRAGMA journal_mode = WAL").fetchone())
+            patiently(lambda: connection.execute("PRAGMA journal_mode = WAL").fetchone())
 
     def _is_empty(self) -> bool:
         return not self._schema() and self._pragma("application_id") == 0
 
     def _schema(self) -> list[tuple[str, str, str | None]]:
-        return _patiently(
+        return patiently(
             lambda: self._connection.execute("SELECT type, name, sql FROM sqlite_master ORDER BY type, name").fetchall()
         )
 
     def _pragma(self, name: str) -> int:
-        return int(_patiently(lambda: self._connection.execute(f"PRAGMA {name}").fetchone())[0])
+        return int(patiently(lambda: self._connection.execute(f"PRAGMA {name}").fetchone())[0])
 
     def _create(self, version: int) -> None:
         """All that a new file holds, in one transaction, whoever of many processes comes first."""
@@ -215,7 +215,7 @@ class CacheFile:
 
     @contextlib.contextmanager
     def _transaction(self, kind: str = "IMMEDIATE") -> Iterator[None]:
-        _patiently(lambda: self._connection.execute(f"BEGIN {kind}"))
+        patiently(lambda: self._connection.execute(f"BEGIN {kind}"))
         try:
             yield
             self._connection.execute("COMMIT")
@@ -232,7 +232,7 @@ class CacheFile:
             self._connection.close()
 
 
-def _patiently(action: Callable[[], T]) -> T:
+def patiently(action: Callable[[], T]) -> T:
     """`action`, tried again where SQLite says at once that others are busy, though it mostly waits by itself."""
     deadline = time.monotonic() + WAIT_S
     while True:

@@ -18,6 +18,7 @@ from mope_bb.errors import ConfigError, MopeError
 from mope_bb.types import SamplingOptions
 
 if TYPE_CHECKING:
+    from mope_bb.cli.recording import Recorder
     from mope_bb.config import Config
     from mope_bb.session import Session
     from mope_bb.streams import AnswerStream
@@ -64,6 +65,7 @@ class ChatOptions:
 @click.option("--system", metavar="TEXT", help="A system message.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before this text; may be repeated.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per token.")
+@click.option("--no-log", is_flag=True, help="Keep nothing of this for `mope-bb logs`.")
 def chat(
     *,
     preferences: tuple[str, ...],
@@ -74,6 +76,7 @@ def chat(
     once: str | None,
     system: str | None,
     as_json: bool,
+    no_log: bool,
     **sampling: Any,
 ) -> None:
     """Ask merged experts, once or in a conversation.
@@ -88,19 +91,25 @@ def chat(
         raise ConfigError("several --pref stand side by side only with --once or piped input, and without --json")
     check_flags(sampling)
     with open_config(config_path) as config, asyncio.Runner() as runner:
+        from mope_bb.cli.recording import recording
         from mope_bb.session import build_session
 
-        session = build_session(changed(config, pcm_path, decoding))
+        chosen = changed(config, pcm_path, decoding)
+        session = build_session(chosen)
         try:
-            with usage_shown(session.account, lambda: session.cache_hits):
+            with (
+                recording(chosen, config_path, session.account, is_off=no_log) as recorder,
+                usage_shown(session.account, lambda: session.cache_hits),
+            ):
+                preference = preferences[0] if preferences else None
                 if question is None:
                     from mope_bb.cli.interactive import Conversation
 
-                    Conversation(runner, session, options, preferences[0] if preferences else None).run()
+                    Conversation(runner, session, options, preference, recorder).run()
                 elif len(preferences) > 1:
-                    runner.run(compare(session, options, question, preferences))
+                    runner.run(compare(session, options, question, preferences, recorder))
                 else:
-                    runner.run(answer_once(session, options, question, preferences[0] if preferences else None))
+                    runner.run(answer_once(session, options, question, preference, recorder))
         finally:
             runner.run(session.aclose())
 
@@ -143,12 +152,31 @@ def open_config(path: str | None) -> Iterator[Config]:
         yield server.config()
 
 
+def with_system(options: ChatOptions, messages: list[dict[str, str]]) -> list[dict[str, str]]:
+    """The messages as they are sent."""
+    system = [{"role": "system", "content": options.system}] if options.system else []
+    return [*system, *messages]
+
+
+def recorded(
+    recorder: Recorder,
+    stream: AnswerStream,
+    options: ChatOptions,
+    messages: list[dict[str, str]],
+    preference: str | None,
+    *,
+    is_alone: bool = True,
+) -> contextlib.AbstractContextManager[None]:
+    """Record the answer that is drawn inside."""
+    asked = with_system(options, messages)
+    return recorder.recorded(stream, asked, preference, options.sampling, is_alone=is_alone)
+
+
 def start(
     session: Session, options: ChatOptions, messages: list[dict[str, str]], preference: str | None
 ) -> AnswerStream:
     """Begin an answer with the options of this run."""
-    system = [{"role": "system", "content": options.system}] if options.system else []
-    conversation = [*system, *messages]
+    conversation = with_system(options, messages)
     # Bytes of the command line that are no UTF-8 arrive as lone surrogates.
     for message in conversation:
         try:
@@ -160,10 +188,14 @@ def start(
     return session.stream(conversation, preference=preference, merge=options.merge, **options.sampling)
 
 
-async def answer_once(session: Session, options: ChatOptions, question: str, preference: str | None) -> None:
+async def answer_once(
+    session: Session, options: ChatOptions, question: str, preference: str | None, recorder: Recorder
+) -> None:
     """Stream one answer to standard output."""
-    stream = start(session, options, [{"role": "user", "content": question}], preference)
-    await print_stream(stream, as_json=options.as_json)
+    messages = [{"role": "user", "content": question}]
+    stream = start(session, options, messages, preference)
+    with recorded(recorder, stream, options, messages, preference):
+        await print_stream(stream, as_json=options.as_json)
     if not options.as_json:
         click.echo(summary(stream.answer), err=True)
 
@@ -178,22 +210,26 @@ async def print_stream(stream: AnswerStream, *, as_json: bool) -> None:
             click.echo()
 
 
-async def compare(session: Session, options: ChatOptions, question: str, preferences: tuple[str, ...]) -> None:
+async def compare(
+    session: Session, options: ChatOptions, question: str, preferences: tuple[str, ...], recorder: Recorder
+) -> None:
     """The answers for several preferences, drawn at the same time, side by side."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    streams = [start(session, options, [{"role": "user", "content": question}], text) for text in preferences]
+    messages = [{"role": "user", "content": question}]
+    streams = [start(session, options, messages, text) for text in preferences]
 
-    async def finish(stream: AnswerStream) -> Answer:
-        async for _ in stream:
-            pass
+    async def finish(stream: AnswerStream, preference: str) -> Answer:
+        with recorded(recorder, stream, options, messages, preference, is_alone=False):
+            async for _ in stream:
+                pass
         return stream.answer
 
     try:
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(finish(stream)) for stream in streams]
+            tasks = [group.create_task(finish(*each)) for each in zip(streams, preferences, strict=True)]
     except BaseExceptionGroup as error:
         ours = [inner for inner in error.exceptions if isinstance(inner, MopeError)]
         raise (ours or error.exceptions)[0] from None

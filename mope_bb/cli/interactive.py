@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from mope_bb.cli.chat import ChatOptions, print_stream, start, summary
+from mope_bb.cli.chat import ChatOptions, print_stream, recorded, start, summary
 from mope_bb.cli.main import show_error
 from mope_bb.errors import ConfigError, ContextLengthError, MopeError
+from mope_bb.logs import new_conversation
 
 if TYPE_CHECKING:
+    from mope_bb.cli.recording import Recorder
     from mope_bb.session import Session
     from mope_bb.streams import AnswerStream
 
@@ -29,11 +31,19 @@ HELP = """\
 class Conversation:
     """A loop of questions and answers with one history."""
 
-    def __init__(self, runner: asyncio.Runner, session: Session, options: ChatOptions, preference: str | None) -> None:
+    def __init__(
+        self,
+        runner: asyncio.Runner,
+        session: Session,
+        options: ChatOptions,
+        preference: str | None,
+        recorder: Recorder,
+    ) -> None:
         self._runner = runner
         self._session = session
         self._options = options
         self._preference = preference
+        self._recorder = recorder
         self._messages: list[dict[str, str]] = []
         self._last: AnswerStream | None = None
         # A wrong preference or rule is told before the first question.
@@ -73,6 +83,7 @@ class Conversation:
             self._why()
         elif command == "/new":
             self._messages.clear()
+            self._recorder.conversation = new_conversation()
             click.echo("The conversation is forgotten.", err=True)
         elif command == "/help":
             click.echo(HELP)
@@ -86,7 +97,8 @@ class Conversation:
         stream = start(self._session, self._options, messages, self._preference)
         is_stopped = False
         try:
-            self._runner.run(print_stream(stream, as_json=self._options.as_json))
+            with recorded(self._recorder, stream, self._options, messages, self._preference):
+                self._runner.run(print_stream(stream, as_json=self._options.as_json))
         except KeyboardInterrupt:
             is_stopped = True
         except ContextLengthError as error:

@@ -14,10 +14,12 @@ from mope_bb.errors import ConfigError, MopeError
 
 COMMANDS = {
     "chat": ("mope_bb.cli.chat", "chat", "Ask merged experts, once or in a conversation."),
+    "serve": ("mope_bb.cli.serve", "serve", "Serve merged experts as one OpenAI-compatible model, with a page."),
     "train": ("mope_bb.cli.train", "train", "Train the Preference Control Model from reward models."),
     "eval": ("mope_bb.cli.eval", "evaluate", "Compare trained PCMs with everything one can do without training."),
     "doctor": ("mope_bb.cli.doctor", "doctor", "Ask every endpoint, and say what will not work."),
     "init": ("mope_bb.cli.init", "init", "Write a mope.toml from the endpoints at some addresses."),
+    "logs": ("mope_bb.cli.logs", "logs", "Look at, search, export and delete the chats that were kept."),
     "cache": ("mope_bb.cli.cache", "cache", "Look at, check and empty the cache of distributions."),
     "zoo": ("mope_bb.cli.zoo", "zoo", "Build and serve the embedded tiny experts."),
 }
