@@ -135,7 +135,7 @@ class AnswerStream:
                     return
         except ContextLengthError:
             # If the prompt did fit, the answer has grown to the end of an expert's context.
-            if not self._steps:
+            if all(step.is_forced for step in self._steps):
                 raise
             yield self._told(Token(assembler.flush(), self._steps[-1], "length"))
         finally:

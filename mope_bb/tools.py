@@ -64,6 +64,8 @@ def parse_form(
     offered = tuple(_parse_tool(tool) for tool in tools or ())
     if len(offered) > MAX_TOOLS:
         raise ConfigError(f"{len(offered)} tools are offered, at most {MAX_TOOLS} can be")
+    if isinstance(tool_choice, Mapping) and tool_choice.get("type") == "allowed_tools":
+        offered, tool_choice = _parse_allowed(tool_choice, offered)
     names = [tool.name for tool in offered]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise ConfigError(f"two tools have the name {twice!r}")
@@ -93,6 +95,22 @@ def _parse_tool(tool: object) -> Tool:
     if "type" not in parameters and not parameters.keys() & {"$ref", "anyOf", "oneOf", "allOf"}:
         parameters = {**parameters, "type": "object"}
     return Tool(name, description, parameters)
+
+
+def _parse_allowed(choice: Mapping[str, Any], offered: Sequence[Tool]) -> tuple[tuple[Tool, ...], str]:
+    """The tools that may be called, and whether one must be: OpenAI's `allowed_tools`."""
+    section = choice.get("allowed_tools")
+    listed = section.get("tools") if isinstance(section, Mapping) else None
+    mode = section.get("mode", "auto") if isinstance(section, Mapping) else None
+    functions = [one.get("function") if isinstance(one, Mapping) else None for one in listed or ()]
+    names = {function.get("name") for function in functions if isinstance(function, Mapping)}
+    allowed = tuple(tool for tool in offered if tool.name in names)
+    if mode not in ("auto", "required") or not allowed or len(allowed) < len(names):
+        raise ConfigError(
+            f"tool_choice is {choice!r}, expected the mode auto or required and names of tools",
+            hint=f"Offered: {', '.join(tool.name for tool in offered) or 'none'}.",
+        )
+    return allowed, mode
 
 
 def _parse_choice(choice: object, names: Sequence[str]) -> str:

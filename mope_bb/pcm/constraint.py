@@ -15,8 +15,7 @@ from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
-import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
 from mope_bb.types import END, Candidates, Piece, TokenDistribution, TokenStep
 
@@ -66,9 +65,9 @@ class Constraint(ABC):
         """Whether `piece` may come next. Control tokens add no bytes, and are no part of any form."""
         return self.is_complete if piece == END else bool(piece.data) and self.allows(piece.data)
 
-    def mask(self, candidates: Candidates) -> Tensor:
-        """Which of C candidates may come next, (C,) bool."""
-        return torch.tensor([self.allows_piece(piece) for piece in candidates.pieces])
+    def mask(self, candidates: Candidates) -> NDArray[np.bool_]:
+        """Which of C candidates may come next, (C,)."""
+        return np.array([self.allows_piece(piece) for piece in candidates.pieces])
 
     def allowed_among(self, vocabulary: Sequence[Piece]) -> list[Piece]:
         """Pieces that may come next, the shortest first and at most `MAX_NAMED`: they are what text is made of."""

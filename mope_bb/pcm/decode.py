@@ -33,7 +33,7 @@ from mope_bb.errors import (
 from mope_bb.pcm import expert_first
 from mope_bb.pcm.constraint import Constraint, forced_step
 from mope_bb.pcm.fitting import Fitting
-from mope_bb.pcm.merging import Merged, Plan, merge_path
+from mope_bb.pcm.merging import Merged, Plan, merge_fitting, merge_path
 from mope_bb.pcm.opening import drop_failed, open_experts
 from mope_bb.pcm.pacing import AnswerPace, Move, Pace, Request
 from mope_bb.pcm.runner import PathJudgement, Scorer
@@ -90,6 +90,8 @@ class OpenAnswer:
         self._is_repeatable = is_repeatable
         self._drops_failed = drops_failed
         self._form = None if constraint is None else Fitting(constraint, self._spell)
+        self._was_heard = False
+        self._held: list[TokenStep] = []
         self._next_plan: Plan | None = None
         self._may_be_cached = True
         self._policy_version = 0
@@ -111,8 +113,7 @@ class OpenAnswer:
     async def _steps(self) -> AsyncGenerator[TokenStep, None]:
         await self._going_on(self._begin)
         if self._form is not None:
-            self._form.restart(self._context.response)
-            await self._form.check_room(self._options.max_tokens)
+            await self._form.begin(self._context.response, self._options.max_tokens)
         num_left = self._options.max_tokens
         self._shared_pace.num_open += 1
         try:
@@ -261,19 +262,30 @@ class OpenAnswer:
     # A form: some pieces are given by it, the others are drawn among those that fit.
 
     async def _fit(self, form: Fitting, num_left: int) -> list[TokenStep]:
-        if given := (await form.given(num_left))[:num_left]:
-            return self._give(form, given)
+        num_left -= len(self._held)
+        given = self._give(form, (await form.given(num_left))[:num_left])
+        self._held += given
+        # A conversation that no expert can read must not be answered by the form alone: until one has said something,
+        # what is given is held back.
+        if len(given) == num_left or (given and (self._was_heard or given[-1].piece == END)):
+            return self._let_go([])
         try:
-            steps, shapes = await self._draw_fitting(form, num_left)
+            steps, shapes = await self._draw_fitting(form, num_left - len(given))
         except ContextLengthError:
             # Nobody is needed to end the answer.
-            if not self._context.response or not (end := await form.end()):
+            if not self._was_heard or not (end := await form.end()):
                 raise
-            return self._give(form, end[:num_left])
+            return self._let_go(self._give(form, end[:num_left]))
+        self._was_heard = True
         self._go_on(steps, shapes)
         if not self._is_bound:
             await self._begin()
-        return steps
+        return self._let_go(steps)
+
+    def _let_go(self, steps: list[TokenStep]) -> list[TokenStep]:
+        """`steps` behind those that were held back."""
+        held, self._held = self._held, []
+        return held + steps
 
     def _give(self, form: Fitting, pieces: Sequence[Piece]) -> list[TokenStep]:
         steps = [forced_step(piece, self._policy_version) for piece in pieces]
@@ -309,9 +321,10 @@ class OpenAnswer:
     async def _draw_one(
         self, form: Fitting, said: Sequence[TokenDistribution], judged: PathJudgement, num_left: int
     ) -> tuple[TokenStep, Tensor] | None:
-        (merged,) = merge_path(self.plan, (await form.read(said),), judged.head_scores, judged.gate)
-        drawn = await form.draw(merged, self._shape, self._generator.random, num_left)
-        return None if drawn is None else (self._step(merged, drawn[1], drawn[0], judged), drawn[1])
+        lists, fits = await form.read(said), form.constraint.mask
+        merged = merge_fitting(self.plan, lists, judged.head_scores[0], judged.gate, fits)
+        drawn = merged and await form.draw(merged, self._shape, self._generator.random, num_left)
+        return (self._step(merged, drawn[1], drawn[0], judged), drawn[1]) if merged and drawn else None
 
     async def _ask_named(self, form: Fitting) -> list[TokenDistribution]:
         """What all say of pieces that fit, where none of these is on any list."""

@@ -31,8 +31,22 @@ class Fitting:
         self._spelt: dict[bytes, tuple[Piece, ...]] = {}
         self._path: list[Piece] = []
 
-    async def check_room(self, max_tokens: int) -> None:
-        """Raise ConfigError where not even the shortest answer fits into `max_tokens`."""
+    async def begin(self, path: Sequence[Piece], max_tokens: int) -> None:
+        """The answer begins with `path`, and may have `max_tokens` more pieces.
+
+        Raises ConfigError where that does not fit, or where not even the shortest answer fits into `max_tokens`.
+        """
+        try:
+            self.restart(path)
+        except ValueError as error:
+            raise ConfigError(
+                f"the answer so far does not fit the form that is asked for: {error}", hint="Leave one of them out."
+            ) from None
+        if self.constraint.closing() is None:
+            raise ConfigError(
+                "no short answer of the form that is asked for was found",
+                hint="Does the schema need itself without end, or very long texts?",
+            )
         closing = await self.end()
         if len(closing) > max_tokens:
             raise ConfigError(
@@ -72,8 +86,7 @@ class Fitting:
 
         `shape` applies temperature and top_p; `num_left` pieces may still come, this one among them.
         """
-        path = tuple(self._path)
-        left = merged.log_pi.masked_fill(~self.constraint.mask(merged.candidates), -torch.inf)
+        path, left = tuple(self._path), merged.log_pi.clone()
         while bool((left > -torch.inf).any()):
             shaped = shape(torch.log_softmax(left, dim=-1))
             index = draw(shaped, uniform())

@@ -6,7 +6,7 @@ align -> features -> weights -> merge
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mope_bb.pcm.alignment import align_path
-from mope_bb.pcm.arrays import Array, at_least, namespace_of
+from mope_bb.pcm.alignment import AlignedPath, align_path
+from mope_bb.pcm.arrays import Array, Mask, at_least, namespace_of
 from mope_bb.pcm.features import expert_features
 from mope_bb.pcm.gates import Gate
 from mope_bb.pcm.mixture import IMPOSSIBLE, Lists, MergedLists, MergeRule, fill_missing, missed_mass
@@ -86,14 +86,28 @@ def merge_lists(rule: MergeRule, lists: Lists, log_lambda: Tensor, head_scores: 
 
 
 def merge_arrays(
-    rule: MergeRule, gate: Gate, *, logprobs: Array, floors: Array, tails: Array, log_lambda: Array, head_scores: Array
+    rule: MergeRule,
+    gate: Gate,
+    *,
+    logprobs: Array,
+    floors: Array,
+    tails: Array,
+    log_lambda: Array,
+    head_scores: Array,
+    fits: Mask | None = None,
 ) -> tuple[Array, Array]:
-    """`merge_lists` for torch or numpy: log pi (..., C) and weights (..., E)."""
+    """`merge_lists` for torch or numpy: log pi (..., C) and weights (..., E).
+
+    Of the candidates that do not `fits` (..., C) the experts' weights know, but nothing else: a rule that weighs the
+    candidates against each other sees those alone that fit.
+    """
     scores = head_scores
     if not gate.is_head_alone:
         phi = _features(rule, logprobs, floors, tails, log_lambda)
         scores = gate.scores(head_scores, phi, log_lambda > -math.inf)
     weights = rule.weights(log_lambda, scores)
+    if fits is not None:
+        logprobs = namespace_of(logprobs).where(fits[..., None, :], logprobs, -math.inf)
     return rule.merge(fill_missing(rule, logprobs, floors), weights), weights
 
 
@@ -110,11 +124,29 @@ def merge_step(plan: Plan, distributions: Sequence[TokenDistribution], head_scor
     return merge_path(plan, (distributions,), head_scores[None], gate)[0]
 
 
+def merge_fitting(
+    plan: Plan,
+    distributions: Sequence[TokenDistribution],
+    head_scores: Tensor,
+    gate: Gate,
+    fits: Callable[[Candidates], Mask],
+) -> Merged | None:
+    """`merge_step` over the candidates that `fits`, (C,) bool of C candidates; None where none does."""
+    lists = align_path((distributions,))
+    mask = fits(lists.candidates[0])
+    return _merge_aligned(plan, lists, head_scores[None], gate, mask[None])[0] if mask.any() else None
+
+
 def merge_path(
     plan: Plan, path: Sequence[Sequence[TokenDistribution]], head_scores: Tensor, gate: Gate
 ) -> tuple[Merged, ...]:
     """`merge_step` for M positions of one answer at once: M lists of E distributions, head scores (M, E)."""
-    lists = align_path(path)
+    return _merge_aligned(plan, align_path(path), head_scores, gate)
+
+
+def _merge_aligned(
+    plan: Plan, lists: AlignedPath, head_scores: Tensor, gate: Gate, fits: Mask | None = None
+) -> tuple[Merged, ...]:
     # In numpy: for so few numbers torch's calls would cost more than the work.
     log_pi, weights = merge_arrays(
         plan.rule,
@@ -124,9 +156,10 @@ def merge_path(
         tails=lists.tails,
         log_lambda=plan.log_lambda.numpy(),
         head_scores=head_scores.detach().double().numpy(),
+        fits=fits,
     )
     first = 1 if plan.rule.needs_base else 0
-    bounds: list[float] | list[None] = [None] * len(path)
+    bounds: list[float] | list[None] = [None] * len(lists.candidates)
     if plan.rule.name == "linear":
         bounds = missed_mass(weights, lists.tails[:, first:]).tolist()
     is_unlisted = (lists.logprobs == -math.inf).any(axis=1)

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from mope_bb.chat_tokenizer import ChatTokenizer
 from mope_bb.errors import ContextLengthError
-from mope_bb.inference import log_probabilities
 from mope_bb.pcm.alignment import tails_and_floors
 from mope_bb.pcm.mixture import IMPOSSIBLE, Lists
 from mope_bb.providers.base import with_system
+from mope_bb.readings import exact
 from mope_bb.row_batch import RowBatch
 from mope_bb.types import Message
 
@@ -80,7 +80,7 @@ class Feed:
 
     def _top(self, outputs: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and logprobs, (B, K), from outputs (B, V). END's key is -1; all end ids add up in it."""
-        logprobs = log_probabilities(outputs)
+        logprobs = torch.log_softmax(exact(outputs), dim=-1)
         ends = torch.logsumexp(logprobs[:, self._ends], dim=-1, keepdim=True)
         logprobs[:, self._ends] = -math.inf
         self.vocab_size = logprobs.shape[1] - len(self._ends) + 1

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 import jsonschema
 import pytest
 
-from mope_bb import Answer, ConfigError, Session, open_session
+from mope_bb import Answer, ConfigError, ContextLengthError, MopeError, Session, open_session
 from tests.forms.schemas import random_schema
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ async def answer_all(session: Session) -> list[Answer]:
                 preference=preference,
                 response_format=form(random_schema(seed)),
                 temperature=(1.0, 0.0, 1.5)[seed % 3],
+                merge=("linear", "product", "geometric")[seed // 3 % 3],
                 max_tokens=MAX_TOKENS,
                 seed=seed,
             )
@@ -78,3 +79,74 @@ def test_what_cannot_be_enforced_is_refused(nano_experts: ZooServer, schema: Any
             assert session.account.total.num_calls == 0
 
     asyncio.run(run())
+
+
+ENDLESS = {
+    "$ref": "#/$defs/A",
+    "$defs": {
+        "A": {
+            "type": "object",
+            "properties": {"a": {"$ref": "#/$defs/A"}},
+            "required": ["a"],
+            "additionalProperties": False,
+        }
+    },
+}
+TOOL = {"type": "function", "function": {"name": "note", "parameters": {"properties": {"text": {"type": "string"}}}}}
+NAMED = {"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]}
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "part"),
+    [
+        ({"response_format": form(ENDLESS)}, ConfigError, "no short answer"),
+        ({"response_format": form(NAMED), "answer_so_far": "Sure: {"}, ConfigError, "does not fit the form"),
+        ({"response_format": form(NAMED), "max_tokens": 5}, ConfigError, "max_tokens is 5"),
+        ({"conversation": "bike " * 3000, "response_format": form(NAMED)}, ContextLengthError, "context"),
+        ({"conversation": "bike " * 3000, "tools": [TOOL], "tool_choice": "required"}, ContextLengthError, "context"),
+    ],
+)
+def test_no_answer_is_made_up(
+    nano_experts: ZooServer, options: dict[str, Any], error: type[MopeError], part: str
+) -> None:
+    """Where nothing fits, or no expert can read the question, nothing is said: not even what the form would give."""
+
+    async def run() -> None:
+        async with open_session(nano_experts.config()) as session:
+            asked = {"conversation": "Hi", "preference": "concise", **options}
+            stream = session.stream(asked.pop("conversation"), **asked)
+            with pytest.raises(error, match=part):
+                async for _ in stream:
+                    pytest.fail("a token was told")
+
+    asyncio.run(run())
+
+
+def test_answers_go_on_from_given_text(nano_experts: ZooServer) -> None:
+    """What is given counts as the beginning of the form."""
+
+    async def run() -> None:
+        async with open_session(nano_experts.config()) as session:
+            options = {"preference": "concise", "response_format": form(NAMED), "answer_so_far": '{"name": "A '}
+            answer = await session.complete("Hi", **options)
+            assert json.loads('{"name": "A ' + answer.text)["name"].startswith("A ")
+
+    asyncio.run(run())
+
+
+def test_an_answer_ends_whole_where_the_context_does(nano_experts: ZooServer) -> None:
+    """An expert's context of 1,024 tokens is full before max_tokens is: the form is completed without the experts."""
+    long = {"type": "object", "properties": {"text": {"type": "string", "minLength": 5000}}, "required": ["text"]}
+    texts = {"type": "array", "items": {"type": "string", "minLength": 30}, "minItems": 12}
+
+    async def run() -> Answer:
+        async with open_session(nano_experts.config()) as session:
+            with pytest.raises(ConfigError, match="no short answer"):
+                await session.complete("Hi", preference="concise", response_format=form(long), max_tokens=8000)
+            return await session.complete(
+                "bike " * 300, preference="concise", response_format=form(texts), max_tokens=2000, temperature=0.0
+            )
+
+    answer = asyncio.run(run())
+    jsonschema.validate(json.loads(answer.text), texts)
+    assert answer.finish_reason == "stop"
