@@ -21,6 +21,7 @@ REAL: Final = {
     "vllm-chat": "vLLM on CPU",
     "vllm-generate": "vLLM on CPU",
     "transformers": "`transformers serve`",
+    "mope": "`mope-bb serve`",
 }
 """Providers that are tested against the software itself; the others against stand-ins with a real model behind them."""
 PREFILL: Final = {

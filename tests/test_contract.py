@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import TypeVar
 
 import pytest
@@ -18,7 +18,8 @@ from mope_bb.providers.dialects import CHAT, COMPLETIONS, NATIVE
 from mope_bb.providers.registry import PROVIDERS, open_expert
 from mope_bb.types import END, Context, Message, Piece, TokenDistribution
 from mope_bb.zoo.build import Zoo
-from mope_bb.zoo.serving import ZooServer
+from mope_bb.zoo.serving import ZooServer, serve_zoo
+from tests.agents.serving import serve_mope
 from tests.endpoints.stand_ins import StandIns
 
 T = TypeVar("T")
@@ -49,8 +50,20 @@ def provider(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+@pytest.fixture(scope="module")
+def mope_url(nano: Zoo, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A real `mope-bb serve` in front of one real expert."""
+    config_path = tmp_path_factory.mktemp("mope") / "mope.toml"
+    with serve_zoo(nano, names=["concise"]) as experts:
+        experts.write_config(config_path)
+        with serve_mope(config_path) as url:
+            yield f"{url}/v1"
+
+
 @pytest.fixture
-def ask(provider: str, nano_experts: ZooServer, stand_ins: StandIns) -> Callable[[Callable[[Expert], Awaitable[T]]], T]:
+def ask(
+    request: pytest.FixtureRequest, provider: str, nano_experts: ZooServer, stand_ins: StandIns
+) -> Callable[[Callable[[Expert], Awaitable[T]]], T]:
     """Open an expert of this adapter, run something with it, close it."""
     folder = str(nano_experts.zoo.folder("concise"))
     tables: dict[str, dict[str, object]] = {
@@ -64,6 +77,8 @@ def ask(provider: str, nano_experts: ZooServer, stand_ins: StandIns) -> Callable
         "local": {"model": folder, "device": "cpu"},
         "scripted": {"script": SCRIPT},
     }
+    if provider == "mope":
+        tables["mope"] = {"base_url": request.getfixturevalue("mope_url"), "model": "mope", "tokenizer": folder}
     # What cannot run here speaks through a stand-in with the same model behind it.
     table = tables.get(provider) or stand_ins.table(provider)
     config = parse_config({"experts": [{"name": "e", "provider": provider, **table}]}).experts[0]

@@ -11,6 +11,7 @@ Pitfalls that are handled here (each has a test):
 - vLLM cuts the list to k with the drawn token in front: at temperature 0 nothing is lost.
 - DeepSeek takes logprobs after the temperature: 1 is sent, and wherever it is not known whether they are.
 - Where the end of the answer is not listed, it counts only where it is the most probable piece, not where it was drawn.
+- `mope-bb serve` writes the end as the token without bytes: a text that looks like an end is none there.
 - llama.cpp tells the end by its id alone, so it needs a tokenizer; half characters cost it the list, so a harmless
   token is forced.
 """
@@ -235,9 +236,10 @@ class ChatExpert(TextEndpoint):
         model: str,
         tokenizer: ChatTokenizer | None = None,
         extra_body: Mapping[str, Any] | None = None,
+        address: str | None = None,
         **settings: Any,
     ) -> None:
-        """`settings` are those of TextEndpoint."""
+        """`settings` are those of TextEndpoint; `address` tells which models have one tokenizer, see `ChatDialect`."""
         super().__init__(
             name, capabilities=_capabilities(dialect, tokenizer is not None), tokenizer=tokenizer, **settings
         )
@@ -245,7 +247,8 @@ class ChatExpert(TextEndpoint):
         self._dialect = dialect
         self._model = model
         self._extra_body = dict(extra_body or {})
-        self._reader = PieceReader(tokenizer)
+        self._address = address
+        self._reader = PieceReader(tokenizer, are_pieces=dialect.writes_pieces)
         self._forced_id = tokenizer.encode_text("a")[-1] if dialect.forces_token and tokenizer is not None else None
         self.own_temperature = self._extra_body.get("temperature", dialect.temperature)
 
@@ -277,6 +280,11 @@ class ChatExpert(TextEndpoint):
             expert=self.name,
             answer=answer,
         )
+
+    async def fingerprint(self) -> str:
+        if self._tokenizer is None and self._dialect.has_one_tokenizer and self._address is not None:
+            return self._address
+        return await super().fingerprint()
 
     async def _ask_once(self, messages: Sequence[Message], answer: str, ask: Ask) -> Reply:
         body = build_request(
@@ -339,6 +347,7 @@ def open_expert(config: ExpertConfig, cache: DistributionCache | None) -> ChatEx
         dialect,
         model=model,
         extra_body=config.extra_body,
+        address=config.identity or base_url,
         identity=identity,
         tokenizer=tokenizer,
         system=config.system,

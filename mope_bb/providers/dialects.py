@@ -68,6 +68,10 @@ class ChatDialect(Dialect):
     """A harmless token must be forced, since a drawn half character costs the list; the list itself stays raw."""
     needs_tokenizer: bool = False
     """The end of the answer is told by its id alone."""
+    writes_pieces: bool = False
+    """Lists are written from our own pieces: with true bytes, and the end of the answer as the token without any."""
+    has_one_tokenizer: bool = False
+    """All models of one address have the same, whatever is asked of them."""
     needs_version: bool = False
     """Azure's addresses: the deployment and `api_version` stand in them."""
     hint: str | None = None
@@ -189,7 +193,7 @@ NATIVE: Final[Mapping[str, Dialect]] = {
     ),
     "vllm-generate": Dialect(
         # The drawn piece stands on its list in the place of the last one: only a greedy draft leaves lists as they are.
-        Capabilities(logprob_noise=1e-4, drafts="lists"),
+        Capabilities(logprob_noise=1e-4, drafts="lists", max_named=128),
         source="R vLLM 0.32 on CPU; S vLLM 0.33: for servers started with --enable-scale-out",
     ),
     "ollama": Dialect(
@@ -313,6 +317,14 @@ CHAT: Final[Mapping[str, ChatDialect]] = {
         prefill="trailing",
         forces_token=True,
         needs_tokenizer=True,
+    ),
+    "mope": ChatDialect(
+        # Ids and noise are those of the experts behind it.
+        replace(_CHAT, max_top_k=256, logprob_scale="raw", logprob_noise=0.02),
+        source="R `mope-bb serve`: the merged distribution, with ids where its experts have them",
+        prefill="continue_final_message",
+        writes_pieces=True,
+        has_one_tokenizer=True,
     ),
     "chat": ChatDialect(
         replace(_CHAT, byte_exact=False, eos_visible=False),

@@ -121,6 +121,8 @@ async def _openai(client: HttpClient, root: str) -> Found | None:
     models, parents = _cards(data)
     if any(isinstance(card, dict) and card.get("owned_by") == "vllm" for card in data["data"]):
         return Found(f"{root}/v1", "vllm", models, parents, scores=await _only_pools(client))
+    if any(isinstance(card, dict) and card.get("owned_by") == "mope-bb" for card in data["data"]):
+        return Found(f"{root}/v1", "mope", models, parents, note="add extra_body = {preference = ...}")
     return Found(f"{root}/v1", "chat", models, parents, note="an OpenAI-compatible server of unknown kind")
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from mope_bb.chat_tokenizer import ChatTokenizer
-from mope_bb.errors import LogprobsUnavailableError, MalformedResponseError
+from mope_bb.errors import AlignmentError, LogprobsUnavailableError, MalformedResponseError
 from mope_bb.failures import shown
 from mope_bb.types import END, Piece
 
@@ -88,17 +88,24 @@ class PieceReader:
         *,
         end_ids: Collection[int] = (),
         end_texts: Collection[str] = END_TOKENS,
+        are_pieces: bool = False,
     ) -> None:
-        """Without a `tokenizer` tokens are told apart by id where there is one, else by their bytes."""
+        """Without a `tokenizer` tokens are told apart by id where there is one, else by their bytes.
+
+        `are_pieces`: see `ChatDialect.writes_pieces`; no text is then an end, whatever it looks like.
+        """
         self._tokenizer = tokenizer
+        self._are_pieces = are_pieces
         self._end_ids = frozenset(end_ids)
-        self._end_texts = frozenset(end_texts)
+        self._end_texts = frozenset(() if are_pieces else end_texts)
         self.known: dict[int, tuple[Piece, object]] = {}
         """Pieces that were read from lists, by id, with the bytes on the wire: lists name the same few hundred again
         and again, and another model behind the same address names them otherwise."""
 
     def read(self, text: str | None, *, data: bytes | None = None, token_id: int | None = None) -> Piece | None:
         """The piece; None where the wire does not tell which one it is. Raises ValueError for what is no token."""
+        if self._are_pieces and data is not None:
+            return self._read_piece(data, token_id)
         if token_id is None and text is not None and text.startswith(TOKEN_ID_KEY):
             token_id = _parse_id(text.removeprefix(TOKEN_ID_KEY))
             data = None  # vLLM spells "token_id:17" there as well
@@ -131,6 +138,23 @@ class PieceReader:
             return END
         _check_length(text, data)
         return Piece(data if data is not None else (text or "").encode(), token_id)
+
+    def _read_piece(self, data: bytes, token_id: int | None) -> Piece | None:
+        if not data and token_id in (None, END.token_id):
+            return END
+        _check_length(None, data)
+        if token_id is not None:
+            checked_id(token_id)
+        if self._tokenizer is None:
+            # By bytes, as all that is spelt here: ids would tell the same token apart from its spelling.
+            return Piece(data) if data else None
+        piece = self._tokenizer.piece_of_bytes(data) if token_id is None else self._tokenizer.piece(token_id)
+        if piece is not None and piece.data != data:
+            raise AlignmentError(
+                f"token {token_id} is {shown(data)} at the endpoint and {shown(piece.data)} in its `tokenizer`",
+                hint="Set `tokenizer` to that of the endpoint's experts, or leave it out.",
+            )
+        return piece
 
 
 def checked_id(value: object) -> int:
@@ -178,6 +202,8 @@ def parse_openai_logprobs(logprobs: Any, reader: PieceReader, *, expert: str) ->
             )
             for token, token_id, value, top in zip(tokens, ids, drawn, tops, strict=True)
         )
+    except AlignmentError:
+        raise
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise MalformedResponseError(f"`logprobs` is not in OpenAI's shape: {shown(error)}", expert=expert) from None
 

@@ -64,6 +64,11 @@ def as_sglang(engine: TinyEngine, body: Mapping[str, Any]) -> Sequence[int]:
     return engine.encode(engine.render([*before, {**last, "role": "user"}]))
 
 
+def as_mope(engine: TinyEngine, body: Mapping[str, Any]) -> Sequence[int]:
+    """`mope-bb serve`: continued if `continue_final_message`, else history."""
+    return engine.encode(engine.render(body["messages"], continue_final=body.get("continue_final_message", False)))
+
+
 def as_mistral(engine: TinyEngine, body: Mapping[str, Any]) -> Sequence[int] | Refusal:
     """Mistral: continued if the message says `prefix`, else refused."""
     last = body["messages"][-1]
@@ -122,6 +127,14 @@ def sglang_entry(engine: TinyEngine, token: int, value: float, body: Mapping[str
 def mistral_entry(engine: TinyEngine, token: int, value: float, body: Mapping[str, Any]) -> dict[str, Any]:
     """Ids and bytes, control tokens by name."""
     return {**sglang_entry(engine, token, value, body), "token_id": token}
+
+
+def mope_entry(engine: TinyEngine, token: int, value: float, body: Mapping[str, Any]) -> dict[str, Any]:
+    """Ids and true bytes; the end is "<end>" without any, whatever the model calls it."""
+    if token == engine.end_id:
+        return {"token": "<end>", "bytes": [], "logprob": value, "token_id": -1}
+    data = engine.data(token)
+    return {"token": data.decode(errors="replace"), "bytes": list(data), "logprob": value, "token_id": token}
 
 
 def llamacpp_entry(engine: TinyEngine, token: int, value: float, body: Mapping[str, Any]) -> dict[str, Any]:
@@ -280,6 +293,7 @@ _DIALECTS: Final[Mapping[str, Dialect]] = {
         loses_list=True,
         repeats=True,
     ),
+    "mope": Dialect(as_mope, mope_entry, max_k=256, known=("continue_final_message", "add_generation_prompt")),
     "chat": Dialect(as_trailing, text_entry, lists_end=False, loses_list=True),
 }
 _PATHS: Final = {

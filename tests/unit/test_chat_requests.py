@@ -34,6 +34,7 @@ EXPECTED: dict[str, dict[str, Any]] = {
     "vllm-chat": VLLM,
     "sglang-chat": BASE,
     "llamacpp-chat": BASE | {"temperature": 1.0},
+    "mope": BASE,
     "chat": BASE,
 }
 CONTINUED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -43,6 +44,7 @@ CONTINUED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "vllm-chat": ({}, {"continue_final_message": True, "add_generation_prompt": False}),
     "sglang-chat": ({}, {"continue_final_message": True, "add_generation_prompt": False}),
     "llamacpp-chat": ({}, {}),
+    "mope": ({}, {"continue_final_message": True, "add_generation_prompt": False}),
     "chat": ({}, {}),
 }
 """What leaves the last message open: in the message, and beside it."""
