@@ -25,6 +25,7 @@ from tests.chaos.pacing import LEAST_WAITS_S, measure_moving_limit, measure_retr
 from tests.chaos.server import ChaosServer, Plan, make_plan, running, what_was_seen
 from tests.chaos.truth import DIALECTS, Question, Truth
 
+pytestmark = pytest.mark.alone
 SEED: Final = 7
 NUM_CALLS: Final = 1000
 MAX_RETRIES: Final = 1
@@ -171,7 +172,6 @@ def test_retry_after_is_obeyed(truth: Truth, url: str) -> None:
     assert results["429 huge"]["outcome"] == "ProviderTimeoutError"
 
 
-@pytest.mark.alone
 def test_a_hidden_limit_that_moves_is_found(truth: Truth, url: str) -> None:
     """In the end few are rejected, and none is lost."""
     limits = (20, 8, 14)
@@ -184,7 +184,6 @@ def test_a_hidden_limit_that_moves_is_found(truth: Truth, url: str) -> None:
     assert num_rejected <= 0.05 * (num_rejected + num_answered), results
 
 
-@pytest.mark.alone
 def test_hostile_replies(truth: Truth, url: str) -> None:
     """Each is a typed error within the deadline, and together they take less than 200 MB."""
     results = measure_hostile(truth, url, dialects=["vllm"], together=True, timeout_s=TIMEOUT_S)
