@@ -15,7 +15,7 @@ import random
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from os import PathLike
 from typing import Any, TypeVar
@@ -43,6 +43,8 @@ from mope_bb.usage import Account
 
 T = TypeVar("T")
 END_WITHIN_S = 5.0
+LEAST_TEMPERATURE = 1e-6
+"""What is colder is greedy: numbers would overflow."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -309,7 +311,7 @@ def _options(
     stops = (stop,) if isinstance(stop, str) else tuple(stop)
     options = SamplingOptions(temperature, top_p, max_tokens, stops, seed)
     check_sampling(options)
-    return options
+    return options if temperature >= LEAST_TEMPERATURE else replace(options, temperature=0.0)
 
 
 def _encoded(text: str) -> bytes:

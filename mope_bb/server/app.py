@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any, Final
 
 import orjson
@@ -19,7 +18,6 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 from starlette.routing import Mount, Route
-from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp
 
 from mope_bb import __version__
@@ -33,33 +31,29 @@ from mope_bb.server.failures import RefusalError, error_response, refusal_of
 from mope_bb.server.guard import Guard, is_loopback, parse_json, read_body
 from mope_bb.server.metrics import CountRequests, Metrics
 from mope_bb.server.openapi import describe_api
-from mope_bb.server.protocol import ChatRequest, Sampling, SteerRequest, TextRequest, check_limits, parse_body
-from mope_bb.server.replies import ChatWriter, TextWriter, Writer, model_entries, weights_of
+from mope_bb.server.page_files import PageFiles
+from mope_bb.server.protocol import (
+    MODEL,
+    ChatRequest,
+    Sampling,
+    SteerRequest,
+    TextRequest,
+    check_limits,
+    parse_body,
+    preference_in,
+)
+from mope_bb.server.replies import ChatWriter, TextWriter, Writer, model_entry, weights_of
 from mope_bb.server.run import RunFolder
 from mope_bb.server.token_details import Wanted
 from mope_bb.session import Session
 from mope_bb.streams import AnswerStream
 
-PAGE: Final = Path(__file__).parent / "page"
-PAGE_POLICY: Final = "default-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'self'"
 REPORT_POLICY: Final = "sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src data:"
-
-
 LARGE_BODY: Final = 2**15
-LEAST_TEMPERATURE: Final = 1e-6
-"""What is colder is greedy."""
-_LOGGED: Final[set[str]] = {
-    "temperature",
-    "top_p",
-    "max_tokens",
-    "max_completion_tokens",
-    "n",
-    "stop",
-    "seed",
-    "merge",
-    "tools",
-    "tool_choice",
-} | {"response_format", "continue_final_message"}
+_LOGGED: Final = {
+    *("temperature", "top_p", "max_tokens", "max_completion_tokens", "n", "stop", "seed", "merge"),
+    *("tools", "tool_choice", "response_format", "continue_final_message"),
+}
 _Prompt = tuple[list[dict[str, Any]], Callable[[int | None], AnswerStream]]
 """What is answered, for the log, and what begins an answer with a seed."""
 
@@ -97,13 +91,14 @@ class Server:
 
     def routes(self) -> list[Route | Mount]:
         """All of them."""
-        page = _Page(directory=PAGE, check_dir=False)
+        page = PageFiles()
         return [
             Route("/", page.index),
             Mount("/page", page, name="page"),
             Route("/health", self.health),
             Route("/metrics", self.show_metrics),
             Route("/v1/models", self.models),
+            Route("/v1/models/{model}", self.model),
             Route("/v1/chat/completions", self.chat, methods=["POST"]),
             Route("/v1/chat/completions/{answer_id}/preference", self.steer, methods=["POST"]),
             Route("/v1/completions", self.complete, methods=["POST"]),
@@ -123,7 +118,15 @@ class Server:
 
     async def models(self, request: Request) -> Response:
         """Ours, and one for each preset."""
-        return _json({"object": "list", "data": model_entries(self._session.config.presets, self._began)})
+        names = [MODEL, *(f"{MODEL}:{preset}" for preset in self._session.config.presets)]
+        return _json({"object": "list", "data": [model_entry(name, self._began) for name in names]})
+
+    async def model(self, request: Request) -> Response:
+        """One of them, or ours with any other preference."""
+        name = request.path_params["model"]
+        if (preference := preference_in(name)) is not None:
+            self._session.plan(preference)
+        return _json(model_entry(name, self._began))
 
     async def chat(self, request: Request) -> Answering:
         """Answer a conversation."""
@@ -145,7 +148,7 @@ class Server:
                 **self._sampling(asked),
             )
 
-        shown = [message.model_dump(exclude_none=True) for message in asked.messages]
+        shown = [*messages, {"role": "assistant", "content": begun}] if begun else messages
         return self._answering(asked, [(shown, begin)], "chatcmpl", ChatWriter)
 
     async def complete(self, request: Request) -> Answering:
@@ -226,7 +229,7 @@ class Server:
     def _sampling(self, asked: Sampling) -> dict[str, Any]:
         settings = self._settings
         return {
-            "temperature": 1.0 if asked.temperature is None else _temperature(asked.temperature),
+            "temperature": 1.0 if asked.temperature is None else asked.temperature,
             "top_p": 1.0 if asked.top_p is None else asked.top_p,
             "max_tokens": asked.length or min(settings.default_max_tokens, settings.max_tokens),
             "stop": asked.stop or (),
@@ -278,33 +281,12 @@ class Server:
         return keep
 
 
-def _temperature(asked: float) -> float:
-    """Logprobs divided by the smallest of numbers would be no numbers any more."""
-    return 0.0 if asked < LEAST_TEMPERATURE else asked
-
-
 def _reads_sentences(session: Session) -> bool:
     try:
         session.plan(Preference(text="?"))
     except PreferenceError:
         return False
     return True
-
-
-class _Page(StaticFiles):
-    """The page's files."""
-
-    async def index(self, request: Request) -> Response:
-        """The page itself."""
-        return await self.get_response("index.html", request.scope)
-
-    def file_response(self, *args: Any, **kwargs: Any) -> Response:
-        """See StaticFiles."""
-        response = super().file_response(*args, **kwargs)
-        response.headers["content-security-policy"] = PAGE_POLICY
-        # A new version shows at once; what has not changed costs one question (ETag).
-        response.headers["cache-control"] = "no-cache"
-        return response
 
 
 def build_app(session: Session, surroundings: Surroundings, *, host: str) -> tuple[ASGIApp, OpenAnswers]:

@@ -64,6 +64,7 @@ async def listen(
         server_header=False,
         timeout_graceful_shutdown=int(shutdown_timeout_s + _TO_TELL_S),
         http="h11",
+        ws="none",
         # Longer than clients keep an idle connection: else they would send into one that is being closed.
         timeout_keep_alive=75,
         # Nobody may say of himself where he comes from.

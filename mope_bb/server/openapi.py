@@ -238,8 +238,6 @@ def describe_api(*, has_key: bool) -> dict[str, Any]:
         [*((model, "validation") for model in _REQUESTS), *((model, "serialization") for model in _REPLIES)],
         ref_template="#/components/schemas/{model}",
     )
-    answer_id = {"name": "answer_id", "in": "path", "required": True, "schema": {"type": "string"}}
-    name = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
     html = {"text/html": {"schema": {"type": "string"}}}
     document = {
         "openapi": "3.1.0",
@@ -252,12 +250,15 @@ def describe_api(*, has_key: bool) -> dict[str, Any]:
         "paths": {
             "/": {"get": _operation("The page", html, is_open=True)},
             "/page/{name}": {
-                "get": _operation("Its files", {"*/*": {}}, 404, is_open=True, parameters=(name,)),
+                "get": _operation("Its files", {"*/*": {}}, 404, is_open=True, parameters=(_in_path("name"),)),
             },
             "/health": {"get": _operation("Whether the server runs", _json(HealthReply), is_open=True)},
             "/metrics": {"get": _operation("For Prometheus", {"text/plain": {"schema": {"type": "string"}}})},
             "/openapi.json": {"get": _operation("This description", {"application/json": {"schema": {}}})},
             "/v1/models": {"get": _operation("The models: ours, and one for each preset", _json(ModelList))},
+            "/v1/models/{model}": {
+                "get": _operation("One of them", _json(ModelEntry), 400, 404, parameters=(_in_path("model"),))
+            },
             "/v1/chat/completions": {
                 "post": _operation(
                     "Answer a conversation",
@@ -272,7 +273,7 @@ def describe_api(*, has_key: bool) -> dict[str, Any]:
                     _json(WeightsReply),
                     *(404, *_BODY_ERRORS),
                     body=SteerRequest,
-                    parameters=(answer_id,),
+                    parameters=(_in_path("answer_id"),),
                 )
             },
             "/v1/completions": {
@@ -293,6 +294,10 @@ def describe_api(*, has_key: bool) -> dict[str, Any]:
         },
     }
     return document | ({"security": [{"key": []}]} if has_key else {})
+
+
+def _in_path(name: str) -> dict[str, Any]:
+    return {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
 
 
 def _json(model: type[BaseModel]) -> dict[str, Any]:

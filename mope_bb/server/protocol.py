@@ -110,18 +110,10 @@ class Sampling(Body):
         return self.max_tokens
 
     @property
-    def asked_preference(self) -> str | dict[str, float] | None:
+    def asked_preference(self) -> PreferenceBody | None:
         """The preference, from its field or from the model's name. Raises RefusalError."""
-        name, colon, preference = self.model.partition(":")
-        if name != MODEL or (colon and not preference):
-            raise RefusalError(
-                404,
-                "model_not_found",
-                f"there is no model {self.model!r}",
-                hint="The models are 'mope' and 'mope:PREFERENCE'; GET /v1/models lists the presets.",
-                param="model",
-            )
-        if not colon:
+        preference = preference_in(self.model)
+        if preference is None:
             return self.preference
         if self.preference is not None:
             raise RefusalError(
@@ -132,6 +124,20 @@ class Sampling(Body):
                 param="preference",
             )
         return preference
+
+
+def preference_in(model: str) -> str | None:
+    """What stands behind the colon of a model's name. Raises RefusalError for what is no model here."""
+    name, colon, preference = model.partition(":")
+    if name != MODEL or (colon and not preference):
+        raise RefusalError(
+            404,
+            "model_not_found",
+            f"there is no model {model!r}",
+            hint="The models are 'mope' and 'mope:PREFERENCE'; GET /v1/models lists the presets.",
+            param="model",
+        )
+    return preference if colon else None
 
 
 class ChatRequest(Sampling):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, astuple, dataclass, field
 from typing import Any, Final
 
@@ -179,7 +179,6 @@ def _total(answers: Sequence[Answer]) -> Effort:
     return Effort(*(sum(counts) for counts in zip(*efforts, strict=True)))
 
 
-def model_entries(presets: Mapping[str, object], created: int) -> list[dict[str, Any]]:
-    """The models that GET /v1/models lists: ours, and one for each preset."""
-    names = ["mope", *(f"mope:{preset}" for preset in presets)]
-    return [{"id": name, "object": "model", "created": created, "owned_by": "mope-bb"} for name in names]
+def model_entry(name: str, created: int) -> dict[str, Any]:
+    """A model as GET /v1/models shows it; `created` in seconds since 1970."""
+    return {"id": name, "object": "model", "created": created, "owned_by": "mope-bb"}

@@ -128,6 +128,17 @@ def test_logprobs(zoo_server: Served, *, is_streaming: bool) -> None:
         assert len(tops) == 4
 
 
+def test_logprobs_of_the_end(zoo_server: Served) -> None:
+    """The end has an entry as every token: a mixture that is an expert of another one needs it. Ids are told too."""
+    request = chat_body(model="mope:concise", seed=0, n=8, max_tokens=200, logprobs=True, top_logprobs=30)
+    choices = zoo_server.post("/v1/chat/completions", request).json()["choices"]
+    choice = next(choice for choice in choices if choice["finish_reason"] == "stop")
+    *tokens, end = choice["logprobs"]["content"]
+    assert (end["token"], end["bytes"], end["token_id"]) == ("<end>", [], -1)
+    assert all(entry["bytes"] and entry["token_id"] >= 0 for entry in tokens)
+    assert all(len(entry["top_logprobs"]) > 15 for entry in tokens)
+
+
 def _content(logprobs: Any) -> Any:
     return logprobs.content if logprobs is not None else ()
 
@@ -151,10 +162,14 @@ def test_text_completions(zoo_server: Served) -> None:
 
 def test_models(zoo_server: Served) -> None:
     """Presets are models, and can be asked."""
-    names = [model.id for model in zoo_server.sdk().models.list()]
+    client = zoo_server.sdk()
+    names = [model.id for model in client.models.list()]
     assert names[0] == "mope"
     assert "mope:teacher" in names
-    reply = zoo_server.sdk().chat.completions.create(model="mope:teacher", messages=ASK, max_tokens=2)
+    assert [client.models.retrieve(name).id for name in (*names, "mope:concise=0.7")] == [*names, "mope:concise=0.7"]
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("gpt-5")
+    reply = client.chat.completions.create(model="mope:teacher", messages=ASK, max_tokens=2)
     assert reply.model_extra is not None
     assert reply.model_extra["mope"]["weights"] == pytest.approx({"simple": 0.4, "informative": 0.3, "friendly": 0.3})
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import sqlite3
-from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from mope_bb.logs import open_log
 from mope_bb.server.app import Surroundings
 from mope_bb.zoo.serving import ZooServer
 from tests.server.gated import open_gated
-from tests.server.serving import Served, chat_body, served
+from tests.server.serving import chat_body, served
 
 CHAT = "/v1/chat/completions"
 
@@ -35,22 +34,16 @@ def _columns(connection: sqlite3.Connection, table: str) -> list[str]:
     return [row[1] for row in connection.execute(f'PRAGMA table_info("{table}")')]
 
 
-@pytest.fixture
-def logging_server(nano_experts: ZooServer, tmp_path: Path) -> Iterator[Served]:
-    """The real zoo, with a log."""
+def test_answers_are_kept(nano_experts: ZooServer, tmp_path: Path) -> None:
+    """Whole, streamed, several, and raw text; a server that ends has kept them all."""
+    named = {"metadata": {"conversation": "tea-time"}}
     config = nano_experts.config()
     with closing(open_log(tmp_path / "logs.db")) as log, served(config, Surroundings(config.server, log=log)) as server:
-        yield server
-
-
-def test_answers_are_kept(logging_server: Served, tmp_path: Path) -> None:
-    """Whole, streamed, several, and raw text."""
-    named = {"metadata": {"conversation": "tea-time"}}
-    first = logging_server.post(CHAT, chat_body(model="mope:concise", seed=1, **named)).json()
-    logging_server.post(CHAT, chat_body(stream=True, preference={"friendly": 2}, temperature=0.5, **named))
-    logging_server.post(CHAT, chat_body("Two?", n=2, seed=8))
-    logging_server.post("/v1/completions", {"model": "mope", "prompt": ["A", "B"], "max_tokens": 2})
-    logging_server.post(CHAT, chat_body(n=0))
+        first = server.post(CHAT, chat_body(model="mope:concise", seed=1, **named)).json()
+        server.post(CHAT, chat_body(stream=True, preference={"friendly": 2}, temperature=0.5, **named))
+        server.post(CHAT, chat_body("Two?", n=2, seed=8))
+        server.post("/v1/completions", {"model": "mope", "prompt": ["A", "B"], "max_tokens": 2})
+        server.post(CHAT, chat_body(n=0))
     rows = rows_of(tmp_path / "logs.db")
     assert len(rows) == 6
     assert rows[0]["answer"] == first["choices"][0]["message"]["content"]

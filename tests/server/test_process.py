@@ -235,7 +235,8 @@ def test_wrong_flags(mope: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("missing", ["uvicorn", "starlette", "prometheus_client"])
 def test_missing_package(missing: str) -> None:
     """The extra that has it is named."""
-    code = f"import sys; sys.modules[{missing!r}] = None; sys.argv[1:] = ['serve']; from mope_bb.cli.main import main; main()"
+    trap = f"import sys; sys.modules[{missing!r}] = None; sys.argv[1:] = ['serve']"
+    code = f"{trap}; from mope_bb.cli.main import main; main()"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert run.returncode == 2
     assert run.stderr.startswith(f"error: serving needs '{missing}")

@@ -272,4 +272,11 @@ def test_streamed_trace_is_the_same(zoo_server: Served) -> None:
     whole = zoo_server.post(CHAT, request).json()["choices"][0]["trace"]
     lines = zoo_server.post(CHAT, {**request, "stream": True}).text.splitlines()
     chunks = [data_of(line) for line in lines if line][:-1]
-    assert [entry for chunk in chunks for entry in chunk["choices"][0].get("trace", ())] == whole
+    streamed = [entry for chunk in chunks for entry in chunk["choices"][0].get("trace", ())]
+    assert len(streamed) == len(whole)
+    for one, other in zip(streamed, whole, strict=True):
+        assert one["bytes"] == other["bytes"]
+        # llama.cpp computes a prompt that it has read before a little differently.
+        assert one["logprob"] == pytest.approx(other["logprob"], abs=1e-3)
+        assert one["weights"] == pytest.approx(other["weights"], abs=1e-3)
+        assert one["carriers"] == pytest.approx(other["carriers"], abs=1e-3)

@@ -258,3 +258,9 @@ def test_a_path_opens_a_session(nano_experts: ZooServer, tmp_path: Path) -> None
         assert session.complete("How do I fix a bike?", preference="concise", max_tokens=1).steps
     with pytest.raises(ConfigError), open_session_sync(str(tmp_path / "absent.toml")):
         pass
+
+
+def test_next_to_nothing_is_greedy(scripted: Scripted) -> None:
+    """The coldest temperature that can be written is still one at which numbers stay numbers."""
+    answer = complete(scripted(left=LEFT), preference="left", temperature=5e-324)
+    assert answer.text == "Hi there"
