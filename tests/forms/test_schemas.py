@@ -7,10 +7,13 @@ import json
 from typing import TYPE_CHECKING, Any, Final
 
 import jsonschema
+import openai
 import pytest
+from openai.types.chat.chat_completion import Choice
 
-from mope_bb import Answer, ConfigError, ContextLengthError, MopeError, Session, open_session
+from mope_bb import Answer, ConfigError, ContextLengthError, MopeError, open_session
 from tests.forms.schemas import random_schema
+from tests.server.serving import served
 
 if TYPE_CHECKING:
     from mope_bb.zoo.serving import ZooServer
@@ -20,51 +23,55 @@ NUM_OPEN: Final = 8
 MAX_TOKENS: Final = 256
 
 
-def form(schema: Any) -> dict[str, Any]:
+def form(schema: Any) -> Any:
     """`response_format` as OpenAI writes it."""
     return {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
 
 
-async def answer_all(session: Session) -> list[Answer]:
+async def answer_all(client: openai.AsyncOpenAI) -> list[Choice]:
     """One answer for each schema, several at a time."""
-    outcomes: dict[int, Answer] = {}
+    found: dict[int, Choice] = {}
     waiting = iter(range(NUM_SCHEMAS))
 
     async def work() -> None:
         for seed in waiting:
-            preference = ("concise,friendly", "technical", "grumpy=0.8,informative=0.2")[seed % 3]
-            outcomes[seed] = await session.complete(
-                "How do I fix a bike?",
-                preference=preference,
+            completion = await client.chat.completions.create(
+                model="mope",
+                messages=[{"role": "user", "content": "How do I fix a bike?"}],
                 response_format=form(random_schema(seed)),
                 temperature=(1.0, 0.0, 1.5)[seed % 3],
-                merge=("linear", "product", "geometric")[seed // 3 % 3],
                 max_tokens=MAX_TOKENS,
                 seed=seed,
+                extra_body={
+                    "preference": ("concise,friendly", "technical", "grumpy=0.8,informative=0.2")[seed % 3],
+                    "merge": ("linear", "product", "geometric")[seed // 3 % 3],
+                    "trace": "weights",
+                },
             )
+            found[seed] = completion.choices[0]
 
-    await asyncio.gather(*(work() for _ in range(NUM_OPEN)))
-    return [outcomes[seed] for seed in range(NUM_SCHEMAS)]
+    async with client:
+        await asyncio.gather(*(work() for _ in range(NUM_OPEN)))
+    return [found[seed] for seed in range(NUM_SCHEMAS)]
 
 
 def test_every_answer_is_valid(nano_experts: ZooServer) -> None:
-    """200 schemas: every answer fits its own, and has ended by itself."""
-
-    async def run() -> list[Answer]:
-        async with open_session(nano_experts.config()) as session:
-            return await answer_all(session)
-
-    answers = asyncio.run(run())
+    """200 schemas, by the openai SDK over a socket: every answer fits its own, and has ended by itself."""
+    with served(nano_experts.config()) as server:
+        choices = asyncio.run(answer_all(server.async_sdk()))
     checker = jsonschema.Draft202012Validator.FORMAT_CHECKER
-    for seed, answer in enumerate(answers):
+    for seed, choice in enumerate(choices):
         schema = random_schema(seed)
         jsonschema.validate(
-            json.loads(answer.text), schema, cls=jsonschema.Draft202012Validator, format_checker=checker
+            json.loads(choice.message.content or ""),
+            schema,
+            cls=jsonschema.Draft202012Validator,
+            format_checker=checker,
         )
-        assert answer.finish_reason == "stop", (seed, schema)
+        assert choice.finish_reason == "stop", (seed, schema)
     # The experts did write: not everything was given by the grammar.
-    steps = [step for answer in answers for step in answer.steps]
-    assert 0.1 < sum(step.is_forced for step in steps) / len(steps) < 0.9
+    is_forced = [token["is_forced"] for choice in choices for token in (choice.model_extra or {})["trace"]]
+    assert 0.1 < sum(is_forced) / len(is_forced) < 0.9
 
 
 @pytest.mark.parametrize("schema", [{"type": "nothing"}, {"not": {}}, {"type": "array", "uniqueItems": True}, False])
