@@ -6,6 +6,7 @@ import { percent } from "./palette.js";
 import { TokenRow } from "./tokens.js";
 
 const CHART_EVERY_MS = 80;
+const MOST_ON_THEIR_WAY = 8; // tokens between the server's word that it steers and the first that shows it
 const ENDINGS = {
   stop: "complete",
   length: "cut at the token limit",
@@ -55,16 +56,26 @@ export class Answer {
 
   /** A token has come: `entry` is of the field `trace`. */
   add(entry) {
-    this.waiting.push({ ...entry, turn: this.turn });
-    this.turn = null;
+    this.waiting.push({ ...entry, turn: this.turnBefore(entry) });
     if (this.isScheduled) return;
     this.isScheduled = true;
     requestAnimationFrame((now) => this.flush(now));
   }
 
-  /** From the next token on another preference counts; `what` says which. */
-  changePreference(what) {
-    this.turn = `The preference changed: ${what}`;
+  /** Soon another preference counts: `what` says which, and `weights` by which experts. */
+  changePreference(what, weights) {
+    this.turn = { text: `The preference changed: ${what}`, experts: Object.keys(weights), num: 0 };
+  }
+
+  /** The change that this token is the first to follow, if any: tokens that were on their way show the old experts. */
+  turnBefore({ carriers }) {
+    if (this.turn === null) return null;
+    const { text, experts } = this.turn;
+    const isOld = experts.length !== Object.keys(carriers).length || experts.some((name) => !(name in carriers));
+    this.turn.num += 1;
+    if (isOld && this.turn.num < MOST_ON_THEIR_WAY) return null;
+    this.turn = null;
+    return text;
   }
 
   /** It is over: `reason` is a finish_reason, "stopped" or "failed". */

@@ -127,8 +127,9 @@ export class Conversation {
       const pause = new Promise((resolve) => setTimeout(resolve, STEER_EVERY_MS));
       try {
         const { description, preference } = panel;
-        await post(`v1/chat/completions/${encodeURIComponent(running.id)}/preference`, { preference });
-        running.answer.changePreference(description);
+        const path = `v1/chat/completions/${encodeURIComponent(running.id)}/preference`;
+        const { weights } = await post(path, { preference });
+        running.answer.changePreference(description, weights);
         panel.tell("");
       } catch (error) {
         // 404: the answer has ended in the meantime, and the next one begins with this preference.

@@ -94,7 +94,7 @@ export class TokenPopover {
       ),
       entry.is_forced
         ? h("p", {}, "Forced by the grammar: nothing else was allowed here, and no expert was asked.")
-        : this.opinions(entry, entry.text),
+        : this.opinions(entry, piece),
       entry.missed_mass ? h("p", { class: "soft" }, missed) : null,
     ].filter((part) => part !== null);
   }
