@@ -164,6 +164,14 @@ class Visit:
         self.wait_for_end()
         return self.trace()
 
+    def long_answer(self, question: str) -> list[dict[str, Any]]:
+        """The same with more than 5 tokens: how long an answer gets is up to chance, so several conversations."""
+        for _ in range(NUM_TRIES):
+            if len(trace := self.answer(question)) > 5:
+                return trace
+            self.page.get_by_role("button", name="New conversation").click()
+        raise AssertionError(f"{NUM_TRIES} answers ended within 5 tokens")
+
     def trace(self) -> list[dict[str, Any]]:
         """That of the last answer, which has ended."""
         return trace_of(self.page.evaluate("window.heard.at(-1)")["text"])
