@@ -61,8 +61,8 @@ def main() -> None:
     torch.set_num_threads(1)
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        models = save_experts(Path(folder) / "models", 2, **GROUPED)
-        tiny = save_experts(Path(folder) / "tiny", 2, **TINY)
+        models = save_experts(Path(folder) / "models", 2, shape=GROUPED)
+        tiny = save_experts(Path(folder) / "tiny", 2, shape=TINY)
         engines = {
             "local": asyncio.run(measure(local_experts(models), models, PlainLocal(models[0]))),
             "llamacpp": measure_served(models),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -49,14 +49,22 @@ def is_text(token: str) -> bool:
     return token.replace("\u0120", " ").isascii() and token not in CONTROL_TOKENS
 
 
-def save_experts(folder: Path, num_experts: int, **shape: Any) -> list[Path]:
+def save_experts(
+    folder: Path,
+    num_experts: int,
+    *,
+    shape: Mapping[str, Any] = {},  # noqa: B006  # never changed
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> list[Path]:
     """Folders of Llamas with the tokenizer; their distributions lie about 0.4 nats apart. They write ASCII without end.
 
-    The weights are numbers of bfloat16, so that a program which loads them as such computes with the same.
+    The weights are numbers of bfloat16, so that a program which loads them as such computes with the same. `device` is
+    where they are made, `dtype` how they are saved, `shape` what differs from `LAYERS`.
     """
     tokenizer = build_tokenizer()
     config = LlamaConfig(
-        **(LAYERS | {"vocab_size": VOCAB_SIZE, "max_position_embeddings": CONTEXT} | shape),
+        **(LAYERS | {"vocab_size": VOCAB_SIZE, "max_position_embeddings": CONTEXT} | dict(shape)),
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -65,22 +73,24 @@ def save_experts(folder: Path, num_experts: int, **shape: Any) -> list[Path]:
     for seed, target in enumerate(folders):
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(0)
-            model = LlamaForCausalLM(config)
+            with torch.device(device):
+                model = LlamaForCausalLM(config)
             torch.manual_seed(1 + seed)
             for parameter in model.parameters():
                 if parameter.ndim > 1:
                     parameter.add_(0.05 * parameter.std() * torch.randn_like(parameter))
             head = model.get_output_embeddings().weight
-            head.mul_(9.0)  # about 3 nats of entropy
+            head.mul_(9.0 * (LAYERS["hidden_size"] / config.hidden_size) ** 0.5)  # about 3 nats of entropy
+            head[len(tokenizer) :] = 0.0
             head[[n for token, n in tokenizer.get_vocab().items() if not is_text(token)]] = 0.0
             for parameter in model.parameters():
                 parameter.copy_(parameter.bfloat16())
-        model.save_pretrained(target)
+        model.to(dtype).save_pretrained(target)
         tokenizer.save_pretrained(target)
     return folders
 
 
-def local_experts(folders: Sequence[Path], *, top_k: int = 20) -> dict[str, Any]:
+def local_experts(folders: Sequence[Path], *, top_k: int = 20, device: str = "cpu") -> dict[str, Any]:
     """The content of a configuration that runs them here."""
     experts = [
         {
@@ -88,7 +98,7 @@ def local_experts(folders: Sequence[Path], *, top_k: int = 20) -> dict[str, Any]
             "dimension": one.name,
             "provider": "local",
             "model": str(one),
-            "device": "cpu",
+            "device": device,
             "top_k": top_k,
         }
         for one in folders

@@ -79,7 +79,7 @@ def main() -> None:
     """Measure and write the JSON beside this file."""
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        (backbone,) = save_experts(Path(folder), 1, **SHAPE)
+        (backbone,) = save_experts(Path(folder), 1, shape=SHAPE)
         pcm = build_pcm(str(backbone), NAMES)
     fingerprint = pcm.tokenizer.fingerprint
     results = {

@@ -5,8 +5,7 @@ hold no session and cannot leak one. A request that extends a slot computes only
 copies the shared part into another slot. All requests that wait when the worker becomes free travel in one forward, at
 whatever lengths they are.
 
-Used by the `local` experts and by the PCM. Left out on purpose: paged memory; CUDA graphs and `torch.compile`, which
-need a GPU to be tried on.
+Used by the `local` experts and by the PCM. Left out on purpose: paged memory, `torch.compile`.
 """
 
 from __future__ import annotations
@@ -18,14 +17,16 @@ import time
 from array import array
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
+from mope_bb.cached_model import CachedModel
 from mope_bb.errors import ConfigError
+from mope_bb.readings import Reading, Tensors, whole_rows
 from mope_bb.slots import Slot, Slots
 
 SHORT_STEP: Final = 40
@@ -33,7 +34,6 @@ SHORT_STEP: Final = 40
 FORWARD_COST: Final = 32
 """What a forward costs beside its ids, in ids: on a CPU, where reading the weights takes as long as so many ids do.
 Requests of different lengths share a forward while the padding that this needs costs less."""
-SELF_CHECK_TOLERANCE: Final = 1e-2
 
 
 @dataclass(eq=False, slots=True)
@@ -41,7 +41,8 @@ class _Request:
     ids: array[int]
     count: int
     num_settled: int
-    future: Future[tuple[Tensor, Any]]
+    reading: Reading
+    future: Future[tuple[Tensors, Any]]
 
 
 @dataclass(eq=False, slots=True)
@@ -68,27 +69,30 @@ class BatchedModel:
 
     def __init__(self, model: Any, *, name: str, num_slots: int = 16, is_lm: bool = True, mark: Any = None) -> None:
         """`mark` is handed out with every row, until `swap` brings another."""
-        self._model = model.eval()
         self._mark = mark
         self._name = name
-        self._is_lm = is_lm
-        self._device = next(model.parameters()).device
-        self._dtype = next(model.parameters()).dtype
+        self._stream = _new_stream(next(model.parameters()).device)
         self._slots = Slots(num_slots)
+        self._model = CachedModel(model, self._slots.cache, name=name, num_slots=num_slots, is_lm=is_lm)
         self._queue: queue.SimpleQueue[_Request | _Swap | None] = queue.SimpleQueue()
         self._closed = False
-        self.num_forwards = 0
         self.num_ids_computed = 0
         self.busy_s = 0.0
-        self._self_check()
+        with self._on_stream():
+            self.num_outputs = self._model.check()
+            """V."""
         self._thread = threading.Thread(target=self._work, name=f"mope-bb-{name}", daemon=True)
         self._thread.start()
 
     @property
     def max_length(self) -> int | None:
         """How many ids the model can read."""
-        limit = getattr(self._model.config, "max_position_embeddings", None)
-        return int(limit) if limit else None
+        return self._model.max_length
+
+    @property
+    def num_forwards(self) -> int:
+        """How many there were."""
+        return self._model.num_forwards
 
     async def last_row(self, ids: Sequence[int]) -> Tensor:
         """The model's output at the last of `ids`: a float32 vector on the CPU."""
@@ -107,11 +111,23 @@ class BatchedModel:
         self, ids: Sequence[int], count: int, *, num_settled: int | None = None
     ) -> tuple[Tensor, Any]:
         """`rows`, and the mark of the weights that computed them."""
+        (rows,), mark = await self._ask(ids, count, num_settled, whole_rows)
+        return rows, mark
+
+    async def read(
+        self, ids: Sequence[int], count: int, reading: Reading, *, num_settled: int | None = None
+    ) -> Tensors:
+        """What `reading` makes of `rows`, where they are: whole rows of a large vocabulary are slow to move."""
+        return (await self._ask(ids, count, num_settled, reading))[0]
+
+    async def _ask(
+        self, ids: Sequence[int], count: int, num_settled: int | None, reading: Reading
+    ) -> tuple[Tensors, Any]:
         if not 1 <= count <= len(ids):
             raise ValueError(f"a forward of {len(ids)} ids cannot give {count} rows; it needs at least one id")
-        future: Future[tuple[Tensor, Any]] = Future()
+        future: Future[tuple[Tensors, Any]] = Future()
         settled = len(ids) if num_settled is None else min(num_settled, len(ids))
-        self._put(_Request(array("q", ids), count, settled, future))
+        self._put(_Request(array("q", ids), count, settled, reading, future))
         return await asyncio.wrap_future(future)
 
     async def swap(self, load: Callable[[], Any]) -> None:
@@ -136,7 +152,14 @@ class BatchedModel:
             self._queue.put(None)
             self._thread.join()
 
+    def _on_stream(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+
     def _work(self) -> None:
+        with self._on_stream():
+            self._serve_all()
+
+    def _serve_all(self) -> None:
         while True:
             requests: list[_Request] = []
             item = self._queue.get()
@@ -197,71 +220,33 @@ class BatchedModel:
         width = max(one.num_new for one in group)
         # Of all positions that someone asked for, the first one.
         first = min(one.num_new - one.request.count for one in group)
-        outputs = self._run(
+        outputs = self._model.run(
             [one.request.ids[one.start :] for one in group],
             [one.slot.row for one in group],
             [one.start for one in group],
             num_outputs=width - first,
         )
         first = width - outputs.shape[1]
+        by_reading: dict[Reading, list[tuple[_Request, Tensor]]] = {}
         for row, one in zip(outputs, group, strict=True):
             one.slot.ids, one.slot.num_settled = one.request.ids, one.request.num_settled
-            found = row[one.num_new - one.request.count - first : one.num_new - first]
+            asked = row[one.num_new - one.request.count - first : one.num_new - first]
             self.num_ids_computed += one.num_new
-            one.request.future.set_result((found.to("cpu", torch.float32, copy=True), self._mark))
+            by_reading.setdefault(one.request.reading, []).append((one.request, asked))
+        for reading, asks in by_reading.items():
+            found = reading(torch.cat([rows for _, rows in asks]))
+            parts = zip(*(torch.split(one, [len(rows) for _, rows in asks]) for one in found), strict=True)
+            for (request, _), part in zip(asks, parts, strict=True):
+                request.future.set_result((part, self._mark))
 
-    def _run(
-        self, new_ids: Sequence[Sequence[int]], rows: Sequence[int], starts: Sequence[int], *, num_outputs: int
-    ) -> Tensor:
-        """One forward of B rows, padded to q ids; the outputs (B, n, V) at the last `num_outputs` of q or at all q."""
-        lengths = [len(ids) for ids in new_ids]
-        width = max(lengths)
-        self._slots.cache.prepare(rows, starts, width, self._device)
-        self.num_forwards += 1
-        positions = torch.tensor(starts, device=self._device)[:, None] + torch.arange(width, device=self._device)
-        mask = None
-        if len(rows) > 1:
-            mask = causal_masks(self._model.config, positions, max(starts) + width, self._dtype)
-            # Padding may reach beyond the last position that a model knows.
-            ends = [start + length - 1 for start, length in zip(starts, lengths, strict=True)]
-            positions = positions.minimum(torch.tensor(ends, device=self._device)[:, None])
-        outputs = self._model(
-            input_ids=torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in new_ids], device=self._device),
-            # One row stands in the cache as in transformers' own, whose mask is at least as quick: for one id, none.
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=self._slots.cache,
-            use_cache=True,
-            **({"logits_to_keep": num_outputs} if self._is_lm else {}),
-        )
-        logits: Tensor = outputs.logits
-        return logits
 
-    @torch.no_grad()
-    def _self_check(self) -> None:
-        """Refuse architectures that this runner would compute wrongly: compare with the model's plain forward."""
-        probe = [n % self._model.config.vocab_size for n in range(1, 13)]
-        try:
-            plain = self._model(input_ids=torch.tensor([probe], device=self._device), use_cache=False).logits[0].float()
-            self._run([probe[:4]], [0], [0], num_outputs=1)
-            found = [self._run([probe[4:7]], [0], [4], num_outputs=3)[0]]
-            expected = [plain[4:7]]
-            if len(self._slots) > 1:  # beside another row, of another length
-                mixed = self._run([probe[7:], probe[:9]], [0, 1], [7, 0], num_outputs=9)
-                found += [mixed[0, :5], mixed[1]]
-                expected += [plain[7:], plain[:9]]
-            gap = float((torch.cat(found).float() - torch.cat(expected)).abs().max())
-        except Exception as error:  # an architecture may fail in any way
-            raise self._refusal(str(error)) from error
-        scale = SELF_CHECK_TOLERANCE * max(1.0, float(plain.abs().max()))
-        if not gap <= (scale if self._dtype == torch.float32 else 20 * scale):
-            raise self._refusal(f"outputs differ by {gap:.3g} from the model's own forward")
-
-    def _refusal(self, reason: str) -> ConfigError:
-        return ConfigError(
-            f"the model {self._name!r} ({type(self._model).__name__}) cannot run with a shared KV cache: {reason}",
-            hint="Decoder-only attention models work (Llama, Qwen, Mistral, ...); serve others behind an engine.",
-        )
+def _new_stream(device: torch.device) -> torch.cuda.Stream | None:
+    """A stream of the model's own on a GPU: there it waits for its own forwards only, not for those of other models."""
+    if device.type != "cuda":
+        return None
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream(device))  # which loads the weights
+    return stream
 
 
 def _grouped(placed: list[_Placed]) -> Iterator[list[_Placed]]:
@@ -274,26 +259,6 @@ def _grouped(placed: list[_Placed]) -> Iterator[list[_Placed]]:
         group.append(one)
     if group:
         yield sorted(group, key=lambda one: one.slot.row)
-
-
-def causal_masks(config: Any, positions: Tensor, length: int, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
-    """Additive causal masks (B x 1 x q x length) for new ids at `positions` (B x q), one per kind of layer.
-
-    Padding at the end of a row lies after its last true position, so no true position ever sees it.
-    """
-
-    def additive(allowed: Tensor) -> Tensor:
-        return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(
-            ~allowed, torch.finfo(dtype).min
-        )
-
-    keys = torch.arange(length, device=positions.device)
-    allowed = keys <= positions[:, None, :, None]
-    window = getattr(config, "sliding_window", None)
-    near = allowed if window is None else allowed & (keys > positions[:, None, :, None] - window)
-    if getattr(config, "layer_types", None):
-        return {"full_attention": additive(allowed), "sliding_attention": additive(near)}
-    return additive(near)
 
 
 _LOADING = threading.Lock()

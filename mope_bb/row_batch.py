@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from mope_bb.inference import causal_masks
+from mope_bb.slots import causal_masks
 
 MAX_OUTPUTS: Final = 2**25
 """Numbers in one forward's output: prompts are read in groups of rows that stay below it."""

@@ -28,7 +28,10 @@ class SlotCache(Cache):  # type: ignore[misc]  # untyped base
         super().__init__(layers=[])
         self._num_slots = num_slots
         self._kv: list[tuple[Tensor, Tensor] | None] = []
-        self._capacity = 0
+        self.capacity = 0
+        """Positions that each row has room for."""
+        self.generation = 0
+        """How often the tensors were moved."""
         self._rows: slice | Tensor = slice(0, 0)
         self._positions: tuple[Tensor, Tensor] | None = None
         self._start = 0
@@ -37,9 +40,7 @@ class SlotCache(Cache):  # type: ignore[misc]  # untyped base
     def prepare(self, rows: Sequence[int], starts: Sequence[int], width: int, device: torch.device) -> None:
         """The next forward writes `width` positions of each of the ascending `rows`, from its start on."""
         self._start, self._length = max(starts), max(starts) + width
-        if self._length > self._capacity:
-            self._capacity = max(MIN_CAPACITY, 2 * self._length)
-            self._kv = [None if pair is None else (self._grown(pair[0]), self._grown(pair[1])) for pair in self._kv]
+        self.reserve(self._length)
         # Neighbours are read in place. Of scattered rows attention gets a copy: all that every layer holds of them.
         adjoin = rows[-1] - rows[0] + 1 == len(rows)
         self._rows = slice(rows[0], rows[-1] + 1) if adjoin else torch.tensor(rows, device=device)
@@ -48,8 +49,20 @@ class SlotCache(Cache):  # type: ignore[misc]  # untyped base
             positions = torch.tensor(starts)[:, None] + torch.arange(width)
             self._positions = (torch.tensor(rows, device=device)[:, None], positions.to(device))
 
+    def use(self, rows: Tensor, positions: Tensor, length: int) -> None:
+        """The next forward writes at `positions` (B x q) of `rows` (B), and reads the first `length` positions."""
+        self._rows, self._positions = rows, (rows[:, None], positions)
+        self._start, self._length = 0, length
+
+    def reserve(self, length: int) -> None:
+        """Make room for `length` positions in each row."""
+        if length > self.capacity:
+            self.capacity = max(MIN_CAPACITY, 2 * length)
+            self._kv = [None if pair is None else (self._grown(pair[0]), self._grown(pair[1])) for pair in self._kv]
+            self.generation += 1
+
     def _grown(self, old: Tensor) -> Tensor:
-        new = old.new_zeros(*old.shape[:2], self._capacity, old.shape[3])
+        new = old.new_zeros(*old.shape[:2], self.capacity, old.shape[3])
         new[:, :, : old.shape[2]] = old
         return new
 
@@ -61,7 +74,7 @@ class SlotCache(Cache):  # type: ignore[misc]  # untyped base
             self._kv.append(None)
         pair = self._kv[layer_idx]
         if pair is None:
-            shape = (self._num_slots, key_states.shape[1], self._capacity)
+            shape = (self._num_slots, key_states.shape[1], self.capacity)
             pair = (
                 key_states.new_zeros(*shape, key_states.shape[3]),
                 value_states.new_zeros(*shape, value_states.shape[3]),
@@ -121,8 +134,13 @@ class Slots:
     def assign(self, ids: array[int], num_settled: int, num_outputs: int, taken: Collection[int]) -> tuple[Slot, int]:
         """A slot in none of the rows `taken`, and how many of `ids` it holds already: not the last `num_outputs`."""
         self._clock += 1
-        best = max(self._slots, key=lambda slot: num_common(slot.ids, ids))
-        known = num_common(best.ids, ids)
+        best, known = self._slots[0], num_common(self._slots[0].ids, ids)
+        for slot in self._slots[1:]:
+            # A better one shares the next id as well, which tells most of them apart at once.
+            if len(slot.ids) > known < len(ids) and slot.ids[known] == ids[known]:
+                common = num_common(slot.ids, ids)
+                if common > known:
+                    best, known = slot, common
         shared = min(known, len(ids) - num_outputs)
         if best.row in taken or known < best.num_settled:
             # The best match belongs to an answer that went elsewhere: branch off into the slot unused for longest.
@@ -153,3 +171,23 @@ def num_common(left: array[int], right: array[int]) -> int:
         middle = (low + high) // 2
         low, high = (middle, high) if left[:middle] == right[:middle] else (low, middle)
     return low
+
+
+def causal_masks(config: Any, positions: Tensor, length: int, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
+    """Additive causal masks (B x 1 x q x length) for new ids at `positions` (B x q), one per kind of layer.
+
+    Padding at the end of a row lies after its last true position, so no true position ever sees it.
+    """
+
+    def additive(allowed: Tensor) -> Tensor:
+        return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(
+            ~allowed, torch.finfo(dtype).min
+        )
+
+    keys = torch.arange(length, device=positions.device)
+    allowed = keys <= positions[:, None, :, None]
+    window = getattr(config, "sliding_window", None)
+    near = allowed if window is None else allowed & (keys > positions[:, None, :, None] - window)
+    if getattr(config, "layer_types", None):
+        return {"full_attention": additive(allowed), "sliding_attention": additive(near)}
+    return additive(near)

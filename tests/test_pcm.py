@@ -14,7 +14,7 @@ import torch
 
 from mope_bb.config import Config, parse_config
 from mope_bb.errors import CheckpointError, PreferenceError
-from mope_bb.pcm.model import PolicyWeights, PreferenceControlModel, build_pcm, load_pcm
+from mope_bb.pcm.model import PolicyWeights, PreferenceControlModel, build_pcm, load_pcm, round_weights
 from mope_bb.pcm.runner import PathJudgement, PcmScorer, UserWeights, build_pcm_messages
 from mope_bb.session import open_session
 from mope_bb.types import END, Answer, Context, Message, Piece
@@ -295,3 +295,17 @@ def test_encoder_is_refused(nano: Zoo, tmp_path: Path) -> None:
     AutoTokenizer.from_pretrained(nano.folder("base")).save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="is not causal"):
         build_pcm(str(tmp_path), ["a", "b"])
+
+
+def test_bfloat16_is_that_of_plain_transformers(trained: Path) -> None:
+    """On a GPU only the weights are rounded, so that far positions are told apart as well as near ones."""
+    from transformers import AutoModelForTokenClassification
+
+    pcm = load_pcm(str(trained))
+    round_weights(pcm.model)
+    plain = AutoModelForTokenClassification.from_pretrained(trained, dtype=torch.bfloat16).eval()
+    ids = torch.arange(4, 804)[None]
+    with torch.no_grad():
+        found, expected = pcm.model(input_ids=ids).logits, plain(input_ids=ids).logits
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, expected)

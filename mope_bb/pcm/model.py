@@ -181,7 +181,9 @@ def _assemble(
     model.eval()
     _check_causal(model, source)
     if device is not None:
-        model.to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+        model.to(device)
+        if device.type == "cuda":
+            round_weights(model)
     tokenizer = load_chat_tokenizer(source)
     return PreferenceControlModel(
         model,
@@ -191,6 +193,16 @@ def _assemble(
         features,
         policy_version=version,
     )
+
+
+def round_weights(model: nn.Module) -> None:
+    """Let `model` compute in bfloat16, as one that is loaded in it: its parameters change their type.
+
+    Its buffers do not, as they would by `model.to(torch.bfloat16)`: the frequencies of rotary positions have too many
+    digits for it, and a thousand tokens on, a rounded one is a whole turn off.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)
 
 
 def _load(path: str, *, is_new: bool = False, **options: Any) -> Any:

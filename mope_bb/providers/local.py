@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import random
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -20,9 +21,41 @@ from mope_bb.inference import BatchedModel, check_loaded, choose_device, loading
 from mope_bb.providers.base import Capabilities, IdExpert, build_distribution
 from mope_bb.providers.drafting import build_step
 from mope_bb.providers.wire import Entry, Position
+from mope_bb.readings import Reading, Tensors, exact
 from mope_bb.types import END, Context, DraftStep, Message, Piece, TokenDistribution
 
 CAPABILITIES: Final = Capabilities(score="start_len", logprob_noise=1e-5, drafts="exact")
+
+
+@dataclass(frozen=True, slots=True)
+class Top:
+    """A `Reading`: the logprobs of the `width` best ids, and these ids, (N, width) each, the best first."""
+
+    width: int
+
+    def __call__(self, rows: Tensor) -> Tensors:
+        # The best are found among the model's own numbers, which takes a fraction of the time.
+        values, ids = torch.topk(rows, self.width)
+        return (exact(values).cpu() - log_totals(rows).cpu(), ids.cpu())
+
+
+@dataclass(frozen=True, slots=True)
+class TopAndDrawn:
+    """A `Reading`: what `top` gives, and an id drawn as `draw_token` does with its logprob, (N, 1) each."""
+
+    top: Top
+    temperature: float
+    uniform: float
+
+    def __call__(self, rows: Tensor) -> Tensors:
+        logits = exact(rows)
+        drawn = torch.tensor([[draw_token(row, self.temperature, self.uniform)] for row in logits])
+        return (*self.top(rows), drawn, logits.gather(1, drawn.to(logits.device)).cpu() - log_totals(rows).cpu())
+
+
+def log_totals(rows: Tensor) -> Tensor:
+    """What turns logits (N, V) into logprobs by subtraction, (N, 1) in float64."""
+    return torch.logsumexp(exact(rows), dim=-1, keepdim=True)
 
 
 class _List(NamedTuple):
@@ -67,12 +100,14 @@ class LocalExpert(IdExpert):
         return self._tokenizer.pieces
 
     async def ask(self, ids: tuple[int, ...], top_k: int) -> TokenDistribution:
-        (found,) = self._lists(await self._logprobs(ids, 1), top_k)
+        values, listed = await self._read(ids, 1, self._top(top_k))
+        (found,) = self._lists(values, listed, top_k)
         return found.distribution
 
     async def score_ids(self, ids: tuple[int, ...], draft: Sequence[Piece], top_k: int) -> Sequence[TokenDistribution]:
-        logprobs = await self._logprobs(self.prefixes(ids, draft)[-1], len(draft) + 1, num_settled=len(ids))
-        return [one.distribution for one in self._lists(logprobs, top_k)]
+        path = self.prefixes(ids, draft)[-1]
+        values, listed = await self._read(path, len(draft) + 1, self._top(top_k), num_settled=len(ids))
+        return [one.distribution for one in self._lists(values, listed, top_k)]
 
     async def draft(
         self, context: Context, *, top_k: int, num_tokens: int, temperature: float = 1.0, seed: int | None = None
@@ -83,17 +118,25 @@ class LocalExpert(IdExpert):
         generator = random.Random(seed)
         steps: list[DraftStep] = []
         while len(steps) < num_tokens and not (steps and steps[-1].piece == END):
-            logprobs = await self._logprobs(path, 1, num_settled=len(ids))
-            token_id = draw_token(logprobs[0], temperature, generator.random())
-            (found,) = self._lists(logprobs, top_k)
-            position = Position(found.entries, self._tokenizer.piece(token_id), float(logprobs[0, token_id]))
+            reading = TopAndDrawn(self._top(top_k), temperature, generator.random())
+            values, listed, drawn, logprob = await self._read(path, 1, reading, num_settled=len(ids))
+            (found,) = self._lists(values, listed, top_k)
+            token_id = int(drawn)
+            position = Position(found.entries, self._tokenizer.piece(token_id), float(logprob))
             steps.append(build_step(position, found.entries, found.distribution, temperature))
             path = (*path, token_id)
         await self.remember(context, steps, top_k)
         return tuple(steps)
 
-    async def _logprobs(self, ids: tuple[int, ...], count: int, *, num_settled: int | None = None) -> Tensor:
-        """Of what follows each of the last `count` of `ids`: (count, V), float64; `num_settled` as for `rows`."""
+    def _top(self, top_k: int) -> Top:
+        # One more than asked per extra end token, since several of them join in one piece: the tokenizer already gives
+        # END for each of them.
+        return Top(min(self._model.num_outputs, top_k + max(0, len(self._tokenizer.end_ids) - 1)))
+
+    async def _read(
+        self, ids: tuple[int, ...], count: int, reading: Reading, *, num_settled: int | None = None
+    ) -> Tensors:
+        """`reading` of what follows each of the last `count` of `ids`; `num_settled` as for `rows`."""
         limit = self._model.max_length
         if limit is not None and len(ids) > limit:
             raise ContextLengthError(
@@ -103,23 +146,17 @@ class LocalExpert(IdExpert):
             )
         try:
             async with asyncio.timeout(self._timeout_s):
-                rows = await self._model.rows(ids, count, num_settled=num_settled)
+                return await self._model.read(ids, count, reading, num_settled=num_settled)
         except TimeoutError:
             raise ProviderTimeoutError(
                 f"no answer within {self._timeout_s:g} s", expert=self.name, provider="local"
             ) from None
-        return torch.log_softmax(rows.double(), dim=-1)
 
-    def _lists(self, logprobs: Tensor, top_k: int) -> Iterator[_List]:
-        # One more than asked per extra end token, since several of them join in one piece: the tokenizer already gives
-        # END for each of them.
-        vocab_size = logprobs.shape[-1]
-        width = min(vocab_size, top_k + max(0, len(self._tokenizer.end_ids) - 1))
-        values, indices = torch.topk(logprobs, width)
-        for ids, row in zip(indices.tolist(), values.tolist(), strict=True):
+    def _lists(self, values: Tensor, listed: Tensor, top_k: int) -> Iterator[_List]:
+        for ids, row in zip(listed.tolist(), values.tolist(), strict=True):
             entries = tuple(zip(map(self._tokenizer.piece, ids), row, strict=True))
             distribution = build_distribution(
-                entries, top_k=top_k, end_ids=(END.token_id,), vocab_size=vocab_size, expert=self.name
+                entries, top_k=top_k, end_ids=(END.token_id,), vocab_size=self._model.num_outputs, expert=self.name
             )
             yield _List(entries, distribution)
 
@@ -134,7 +171,7 @@ class LocalExpert(IdExpert):
 
 
 def draw_token(logprobs: Tensor, temperature: float, uniform: float) -> int:
-    """A token by its logprobs (V) at `temperature`; `uniform` is a number from [0, 1)."""
+    """A token by its logprobs or logits (V) at `temperature`; `uniform` is a number from [0, 1)."""
     if temperature == 0.0:
         return int(logprobs.argmax())
     # Several times faster than torch.multinomial on a large vocabulary.

@@ -72,7 +72,8 @@ class AccelerateTeam(Team):
 
     def add_up(self, tensors: Sequence[Tensor]) -> None:
         # One message for all of them.
-        flat = torch.cat([tensor.flatten() for tensor in tensors]).to(self._accelerator.device)
+        # The PCM's gradients may lie on a GPU, the loss and the features' never do.
+        flat = torch.cat([tensor.flatten().to(self._accelerator.device) for tensor in tensors])
         summed = self._accelerator.reduce(flat, reduction="sum").to(flat.dtype)
         for tensor, part in zip(tensors, summed.split([tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(part.reshape(tensor.shape))

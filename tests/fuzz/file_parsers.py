@@ -15,13 +15,13 @@ from safetensors.torch import load, save
 
 from mope_bb.cache import decode_distribution, encode_distribution
 from mope_bb.config import load_config, parse_config
+from mope_bb.conversations import parse_conversation
 from mope_bb.errors import MopeError
 from mope_bb.pcm.merging import Plan
 from mope_bb.pcm.mixture import Lists, MergeRule
 from mope_bb.pcm.rollouts import Rollout, RolloutRequest
 from mope_bb.preferences import Preference, Roster, describe_preference, parse_preference
 from mope_bb.rewards.base import References
-from mope_bb.conversations import parse_conversation
 from mope_bb.training.ledger import Dispatch, Ended, Ledger
 from mope_bb.training.records import decode_rollout, encode_rollout
 from mope_bb.training.runs import check_same_run, keep_rows
