@@ -53,7 +53,7 @@ def save_experts(
     folder: Path,
     num_experts: int,
     *,
-    shape: Mapping[str, Any] = {},  # noqa: B006  # never changed
+    shape: Mapping[str, Any] = {},  # never changed
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> list[Path]:
