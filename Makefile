@@ -17,8 +17,8 @@ demo: $(STAMP)
 		--pref concise,technical,grumpy --pref simple,friendly --pref informative,technical,friendly
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not alone"
-	$(BIN)/python -m pytest -m alone
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not deadlines" --ignore tests/page
+	$(BIN)/python -m pytest -m deadlines
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

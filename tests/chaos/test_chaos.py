@@ -25,7 +25,7 @@ from tests.chaos.pacing import LEAST_WAITS_S, measure_moving_limit, measure_retr
 from tests.chaos.server import ChaosServer, Plan, make_plan, running, what_was_seen
 from tests.chaos.truth import DIALECTS, Question, Truth
 
-pytestmark = pytest.mark.alone
+pytestmark = pytest.mark.deadlines
 SEED: Final = 7
 NUM_CALLS: Final = 1000
 MAX_RETRIES: Final = 1

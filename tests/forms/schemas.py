@@ -11,7 +11,7 @@ PATTERNS: Final = ("^[A-Z]{2}-[0-9]{3}$", "^(red|green|blue)+$", "^[a-z]*z$", "^
 FORMATS: Final = ("date", "time", "date-time", "uuid", "email", "ipv4")
 
 
-MAX_LENGTH: Final = 700
+MAX_LENGTH: Final = 450
 """Characters of a schema: experts are told of it, and the zoo's read 1,024 tokens."""
 
 

@@ -36,7 +36,7 @@ from tests.speculation.experts import (
 from tests.speculation.measure import LAMBDAS, NUM_OPEN, QUESTION, THRESHOLD, chi_square
 from tests.speculation.reference import shape, top_k
 
-NUM_ANSWERS: Final = 3000
+NUM_ANSWERS: Final = 2000
 MAX_TOKENS: Final = 9
 PLACE: Final = {letter: place for place, letter in enumerate("abcde")}
 END_PLACE: Final = PIECES.index(END)

@@ -35,7 +35,7 @@ from mope_bb.zoo.serving import ZooServer
 from tests.proxy import FAULTS, Proxy, running
 from tests.training.shop import REPOSITORY
 
-pytestmark = pytest.mark.alone
+pytestmark = pytest.mark.deadlines
 PROMPTS = tuple((Message("user", f"How do I fix a {thing}?"),) for thing in ("bike", "chair", "boat"))
 NAMES = ("base", "concise", "friendly")
 TRAIN: dict[str, Any] = {
