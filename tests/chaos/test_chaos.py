@@ -29,7 +29,7 @@ pytestmark = pytest.mark.deadlines
 SEED: Final = 7
 NUM_CALLS: Final = 1000
 MAX_RETRIES: Final = 1
-SHORT: Final = {"timeout_s": 3.0, "attempt_timeout_s": 0.8, "max_retries": MAX_RETRIES}
+SHORT: Final = {"timeout_s": 4.5, "attempt_timeout_s": 1.6, "max_retries": MAX_RETRIES}
 """The deadlines of an endpoint that always fails."""
 PEAK_MIB: Final = 200
 TIMEOUT_S: Final = 1.0

@@ -10,7 +10,7 @@ from mope_bb.zoo.serving import ZooServer
 from tests.exactness.measure import TOLERANCES, Measurement, kinds_of
 
 
-@pytest.mark.parametrize("setup", ["local", "llamacpp", "mixed"])
+@pytest.mark.parametrize("setup", ["local", "llamacpp", pytest.param("mixed", marks=pytest.mark.slow)])
 def test_merge_equals_the_dense_oracle(nano_experts: ZooServer, setup: str) -> None:
     """Full lists give the oracle's distribution; short ones stay within the reported missed mass."""
     measurement = Measurement(nano_experts, kinds_of(setup), noisy_engine=setup != "local")

@@ -35,6 +35,7 @@ def small_answers(nano_experts: ZooServer) -> Iterator[Served]:
         yield server
 
 
+@pytest.mark.slow
 def test_schemathesis(small_answers: Served, tmp_path: Path) -> None:
     """Requests made from the description, right ones and wrong ones: no 5xx, and no answer that is not described."""
     program = Path(sys.executable).with_name("schemathesis")

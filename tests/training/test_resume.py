@@ -161,6 +161,7 @@ def test_another_run_is_not_resumed(shop: Shop, old: str, new: str, named: str) 
         check_same_run(shop.path / "run", document())
 
 
+@pytest.mark.slow
 def test_two_learner_processes_are_one(shop: Shop) -> None:
     """`accelerate launch` with two processes on the CPU gives the weights of one, up to the order of a sum.
 
