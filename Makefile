@@ -17,7 +17,7 @@ demo: $(STAMP)
 		--pref concise,technical,grumpy --pref simple,friendly --pref informative,technical,friendly
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not deadlines and not slow" --ignore tests/page
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not deadlines and not slow" --ignore tests/page
 	$(BIN)/python -m pytest -m deadlines
 
 # What `make test` has no time for, beside `make page` and `make engines`.
