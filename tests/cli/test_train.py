@@ -148,6 +148,7 @@ def test_ctrl_c_saves_what_was_learned(mope: Run, folder: Folder, monkeypatch: p
     assert len(rows_of(Path("new"))) == 1
 
 
+@pytest.mark.slow
 def test_ctrl_c_before_anything_was_learned(mope: Run, folder: Folder) -> None:
     """Nothing is saved over what stands in the folder, and nothing is said."""
     before = folder.content()

@@ -95,7 +95,7 @@ async def wait_until_refused(url: str) -> None:
         while True:
             try:
                 _, writer = await asyncio.open_connection(address.host, address.port)
-            except ConnectionRefusedError:
+            except (ConnectionRefusedError, ConnectionResetError):  # as the listener is closed
                 return
             writer.close()
             await asyncio.sleep(0.02)

@@ -97,6 +97,7 @@ def test_without_staleness_it_is_the_synchronous_loop(shop: Shop) -> None:
     assert [row["staleness_max"] for row in shop.rows("async")] == [0] + [1] * 19
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_in_the_same_weights(shop: Shop) -> None:
     """Killed while sampling, while learning between checkpoints, and twice in a row: rows and weights are the same."""
     shop.finish("whole")
