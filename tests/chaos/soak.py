@@ -12,6 +12,7 @@ import asyncio
 import ctypes
 import gc
 import json
+import math
 import os
 import random
 import subprocess
@@ -256,6 +257,8 @@ def measure_held(num_calls: int) -> Held:
 
 def slope(held: list[Held], name: str) -> tuple[float, float]:
     """MiB for each 100,000 calls, by least squares, and its standard error."""
+    if len(held) < 3:
+        return 0.0, math.inf  # two points lie on any line: they tell nothing
     calls = np.array([one.num_calls for one in held], dtype=np.float64) / 100_000
     values = np.array([getattr(one, name) for one in held])
     spread = calls - calls.mean()
