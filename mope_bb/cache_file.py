@@ -109,7 +109,7 @@ class CacheFile:
         """All that a new file holds, in one transaction, whoever of many processes comes first."""
         # To be set before the first page is written: what is removed later makes the file smaller.
         self._connection.execute("PRAGMA auto_vacuum = FULL")
-        with self._transaction("EXCLUSIVE"):
+        with transaction(self._connection, "EXCLUSIVE"):
             if self._is_empty():
                 self._connection.execute(_TABLE)
                 self._connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
@@ -155,7 +155,7 @@ class CacheFile:
 
     def put_many(self, entries: Sequence[tuple[str, bytes]]) -> None:
         """Store values under their keys, all of them or none."""
-        with self._transaction():
+        with transaction(self._connection):
             self._connection.executemany("INSERT OR REPLACE INTO entries VALUES (?, ?)", entries)
 
     def rows(self) -> Iterator[Row]:
@@ -181,7 +181,7 @@ class CacheFile:
 
     def remove(self, row: Row) -> None:
         """Remove `row`, unless another process has put a new value in its place."""
-        with self._transaction():
+        with transaction(self._connection):
             if row.value is None:
                 self._connection.execute(
                     "DELETE FROM entries WHERE rowid = ? AND (typeof(value) <> 'blob' OR length(value) > ?)",
@@ -196,7 +196,7 @@ class CacheFile:
         (last,) = self._connection.execute("SELECT MAX(rowid) FROM entries").fetchone()
         num_removed = 0
         while last is not None:
-            with self._transaction():
+            with transaction(self._connection):
                 removed = self._connection.execute(delete, (last, _ROWS_AT_A_TIME)).rowcount
             num_removed += removed
             if removed < _ROWS_AT_A_TIME:
@@ -213,23 +213,25 @@ class CacheFile:
         if found != "ok":
             raise _damaged(self.path.parent, " ".join(found.split()))
 
-    @contextlib.contextmanager
-    def _transaction(self, kind: str = "IMMEDIATE") -> Iterator[None]:
-        patiently(lambda: self._connection.execute(f"BEGIN {kind}"))
-        try:
-            yield
-            self._connection.execute("COMMIT")
-        except BaseException:
-            # After a full disk SQLite has rolled back already.
-            if self._connection.in_transaction:
-                with contextlib.suppress(sqlite3.Error):
-                    self._connection.execute("ROLLBACK")
-            raise
-
     def close(self) -> None:
         """Close the connection."""
         with contextlib.suppress(sqlite3.Error):
             self._connection.close()
+
+
+@contextlib.contextmanager
+def transaction(connection: sqlite3.Connection, kind: str = "IMMEDIATE") -> Iterator[None]:
+    """All that is done inside, or nothing; waits for other processes as `patiently` does."""
+    patiently(lambda: connection.execute(f"BEGIN {kind}"))
+    try:
+        yield
+        connection.execute("COMMIT")
+    except BaseException:
+        # After a full disk SQLite has rolled back already.
+        if connection.in_transaction:
+            with contextlib.suppress(sqlite3.Error):
+                connection.execute("ROLLBACK")
+        raise
 
 
 def patiently(action: Callable[[], T]) -> T:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Self
 
-from mope_bb.cache_file import is_damage, patiently
+from mope_bb.cache_file import is_damage, patiently, transaction
 from mope_bb.errors import ConfigError
 
 FORMAT: Final = 1
@@ -169,7 +169,7 @@ class LogFile:
     def _create(self) -> None:
         # To be set before the first page is written: what is deleted later makes the file smaller.
         self._connection.execute("PRAGMA auto_vacuum = FULL")
-        with self._transaction("EXCLUSIVE"):
+        with transaction(self._connection, "EXCLUSIVE"):
             if self._is_empty():  # still: another process may have been first
                 for statement in _SCHEMA:
                     self._connection.execute(statement)
@@ -194,7 +194,7 @@ class LogFile:
 
     def add(self, row: Sequence[Any], trace: bytes | None) -> int:
         """Write one answer, with the values of `COLUMNS`; its id."""
-        with self._lock, self._transaction():
+        with self._lock, transaction(self._connection):
             marks = ", ".join("?" * len(COLUMNS))
             insert = f"INSERT INTO answers ({', '.join(COLUMNS)}) VALUES ({marks})"
             answer_id = self._connection.execute(insert, row).lastrowid
@@ -307,7 +307,7 @@ class LogFile:
         """Delete answers, all that exist of them or none, and overwrite what they held; how many they were."""
         connection = self._connection
         with self._lock:
-            with self._transaction():
+            with transaction(self._connection):
                 connection.executemany(
                     "INSERT INTO words (words, rowid, question, answer)"
                     " SELECT 'delete', id, question, answer FROM answers WHERE id = ?",
@@ -320,19 +320,6 @@ class LogFile:
             # The write-ahead log holds them too, unless somebody is reading: then it is emptied later.
             connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
             return num_deleted.rowcount
-
-    @contextlib.contextmanager
-    def _transaction(self, kind: str = "IMMEDIATE") -> Iterator[None]:
-        patiently(lambda: self._connection.execute(f"BEGIN {kind}"))
-        try:
-            yield
-            self._connection.execute("COMMIT")
-        except BaseException:
-            # After a full disk SQLite has rolled back already.
-            if self._connection.in_transaction:
-                with contextlib.suppress(sqlite3.Error):
-                    self._connection.execute("ROLLBACK")
-            raise
 
     def close(self) -> None:
         """Close the connection."""

@@ -95,16 +95,12 @@ class OpenAnswer:
         self._next_plan: Plan | None = None
         self._may_be_cached = True
         self._policy_version = 0
-        self._dropped: tuple[str, ...] = ()
+        self.dropped: tuple[str, ...] = ()
+        """Experts that failed and were left out."""
         self._begun: tuple[Move, asyncio.Task[tuple[DraftStep, ...]]] | None = None
 
     def __aiter__(self) -> AsyncGenerator[TokenStep, None]:
         return self._steps()
-
-    @property
-    def dropped(self) -> tuple[str, ...]:
-        """Experts that failed and were left out."""
-        return self._dropped
 
     def go_on_with(self, plan: Plan) -> None:
         """From the next step on, `plan` says who is asked."""
@@ -161,7 +157,7 @@ class OpenAnswer:
                 return await work()
             except ProviderError as error:
                 self.plan = drop_failed(self.plan, error, is_allowed=self._drops_failed)
-                self._dropped = (*self._dropped, error.expert or "")
+                self.dropped = (*self.dropped, error.expert or "")
                 await self._drop_begun()
                 await self._going_on(self._begin)
 
@@ -218,11 +214,14 @@ class OpenAnswer:
 
     # Lockstep and lookahead: everyone is asked for the next positions; pieces are drawn while all of them are known.
 
-    async def _look_ahead(self, move: Move) -> list[TokenStep]:
-        _, judged = await self._with_judging((), self._ask(move.num_ahead))
+    async def _ask_and_judge(self, num_ahead: int) -> tuple[list[list[TokenDistribution]], list[Piece], PathJudgement]:
+        """What all are known to say from here on, the pieces that all expect between, and the PCM's word on both."""
+        _, judged = await self._with_judging((), self._ask(num_ahead))
         lists, expected = self._known.common()
-        if expected:
-            judged = await self._judge(expected)
+        return lists, expected, await self._judge(expected) if expected else judged
+
+    async def _look_ahead(self, move: Move) -> list[TokenStep]:
+        lists, expected, judged = await self._ask_and_judge(move.num_ahead)
         steps: list[TokenStep] = []
         shapes: list[Tensor] = []
         merged = merge_path(self.plan, lists, judged.head_scores, judged.gate)
@@ -296,10 +295,7 @@ class OpenAnswer:
 
     async def _draw_fitting(self, form: Fitting, num_left: int) -> tuple[list[TokenStep], list[Tensor]]:
         move = self._pace.choose(num_left=num_left, num_context=self._num_context())
-        _, judged = await self._with_judging((), self._ask(move.num_ahead))
-        lists, expected = self._known.common()
-        if expected:
-            judged = await self._judge(expected)
+        lists, expected, judged = await self._ask_and_judge(move.num_ahead)
         steps: list[TokenStep] = []
         shapes: list[Tensor] = []
         for position, said in enumerate(lists):
