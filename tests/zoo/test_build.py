@@ -46,17 +46,17 @@ def test_zoo_is_complete(nano: Zoo, zoo_home: Path) -> None:
     assert is_built(size="nano", home=zoo_home)
 
 
-def test_damage_is_noticed_and_repaired_to_the_same_bytes(nano: Zoo, zoo_home: Path) -> None:
+def test_damage_is_noticed_and_repaired_to_the_same_bytes(own_nano: Zoo, tmp_path: Path) -> None:
     """A changed file and a missing file are built again; what is intact is kept; the result is the same zoo."""
-    untouched = nano.gguf("simple").stat().st_mtime_ns
-    with nano.gguf("grumpy").open("r+b") as stream:
+    untouched = own_nano.gguf("simple").stat().st_mtime_ns
+    with own_nano.gguf("grumpy").open("r+b") as stream:
         stream.write(b"damage")
-    (nano.folder("friendly") / "tokenizer.json").unlink()
-    assert not is_built(size="nano", home=zoo_home)
+    (own_nano.folder("friendly") / "tokenizer.json").unlink()
+    assert not is_built(size="nano", home=tmp_path)
     trained: set[str] = set()
-    again = build_zoo(size="nano", home=zoo_home, progress=lambda name, share: trained.add(name) if share < 1 else None)
+    again = build_zoo(size="nano", home=tmp_path, progress=lambda name, share: trained.add(name) if share < 1 else None)
     assert {"grumpy", "friendly"} == trained
-    assert nano == again
+    assert own_nano == again
     assert untouched == again.gguf("simple").stat().st_mtime_ns
 
 

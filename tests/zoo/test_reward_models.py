@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import json
 import random
-import shutil
 from pathlib import Path
 
 import pytest
@@ -63,33 +62,32 @@ def test_reward_models_are_a_part_of_the_zoo(nano: Zoo) -> None:
         nano.reward_model("witty")
 
 
-def test_damage_is_repaired_to_the_same_bytes(nano: Zoo, zoo_home: Path) -> None:
+def test_damage_is_repaired_to_the_same_bytes(own_nano: Zoo, tmp_path: Path) -> None:
     """Only the damaged reward model is trained again, and it is the same one."""
-    weights = nano.reward_model("grumpy") / "model.safetensors"
-    before, untouched = weights.read_bytes(), (nano.reward_model("simple") / "model.safetensors").stat().st_mtime_ns
+    weights = own_nano.reward_model("grumpy") / "model.safetensors"
+    before, untouched = weights.read_bytes(), (own_nano.reward_model("simple") / "model.safetensors").stat().st_mtime_ns
     weights.write_bytes(b"damage")
-    assert not is_built(size="nano", home=zoo_home)
+    assert not is_built(size="nano", home=tmp_path)
     begun: list[str] = []
     again = build_zoo(
-        size="nano", home=zoo_home, progress=lambda name, share: begun.append(name) if not share else None
+        size="nano", home=tmp_path, progress=lambda name, share: begun.append(name) if not share else None
     )
     assert begun == ["rewards/grumpy"]
-    assert again == nano
+    assert again == own_nano
     assert weights.read_bytes() == before
-    assert (nano.reward_model("simple") / "model.safetensors").stat().st_mtime_ns == untouched
-    assert is_built(size="nano", home=zoo_home)
+    assert (own_nano.reward_model("simple") / "model.safetensors").stat().st_mtime_ns == untouched
+    assert is_built(size="nano", home=tmp_path)
 
 
-def test_zoos_from_before_and_of_another_base_are_completed(nano: Zoo, tmp_path: Path) -> None:
+def test_zoos_from_before_and_of_another_base_are_completed(own_nano: Zoo, tmp_path: Path) -> None:
     """A manifest without reward models gets them; one made from another base is built anew."""
-    root = tmp_path / "zoo" / nano.root.name
-    shutil.copytree(nano.root, root)
-    manifest = json.loads((root / "manifest.json").read_text())
+    manifest_file = own_nano.root / "manifest.json"
+    manifest = json.loads(manifest_file.read_text())
     rewards = manifest.pop("rewards")
-    (root / "manifest.json").write_text(json.dumps(manifest))
+    manifest_file.write_text(json.dumps(manifest))
     assert not is_built(size="nano", home=tmp_path)
     rewards["simple"]["made_from"] = "another base"
-    (root / "manifest.json").write_text(json.dumps({**manifest, "rewards": rewards}))
+    manifest_file.write_text(json.dumps({**manifest, "rewards": rewards}))
     begun: list[str] = []
     build_zoo(size="nano", home=tmp_path, progress=lambda name, share: begun.append(name) if share == 0 else None)
     assert begun == ["rewards/simple"]
