@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import ipaddress
 from typing import Any, Final
@@ -18,6 +19,8 @@ MAX_DEPTH: Final = 64
 """Of JSON. Schemas nest deepest, and are passed on to code that recurses."""
 DRAINED: Final = 16
 """Bodies this many times too large are read to their end, unkept: clients read an answer only when they have sent."""
+BODY_WITHIN_S: Final = 60.0
+"""How long a body may take to come: a connection is not held for ever by one that stops half-way."""
 OPEN_PATHS: Final = frozenset({"/", "/health"})
 _HEADERS: Final = ((b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer"))
 
@@ -93,7 +96,7 @@ def _name_of(host: str) -> str:
 
 
 async def read_body(request: Request, max_bytes: int) -> bytes:
-    """The body of a request that says that it is JSON. Raises RefusalError: 413 or 415."""
+    """The body of a request that says that it is JSON. Raises RefusalError: 408, 413 or 415."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if request.headers.get("content-encoding", "identity") != "identity":
         raise RefusalError(415, "unsupported_media_type", "the body is compressed", hint="Send it as it is.")
@@ -112,12 +115,21 @@ async def _read(request: Request, max_bytes: int) -> bytes:
     parts: list[bytes] = []
     size = 0
     try:
-        async for part in request.stream():
-            size += len(part)
-            if size <= max_bytes:
-                parts.append(part)
-            elif size > DRAINED * max_bytes:
-                break
+        async with asyncio.timeout(BODY_WITHIN_S):
+            async for part in request.stream():
+                size += len(part)
+                if size <= max_bytes:
+                    parts.append(part)
+                elif size > DRAINED * max_bytes:
+                    break
+    except TimeoutError:
+        raise RefusalError(
+            408,
+            "body_too_slow",
+            f"the body has not come whole within {BODY_WITHIN_S:g} s",
+            hint="Send it at once.",
+            headers={"connection": "close"},
+        ) from None
     except ClientDisconnect:
         raise RefusalError(400, "client_left", "the body has not come whole") from None
     if size > max_bytes:

@@ -211,6 +211,7 @@ _ERRORS: Final = {
     400: "A value that is not allowed here.",
     401: "No key, or a wrong one.",
     404: "There is nothing of this name.",
+    408: "The body has not come whole in time.",
     413: "The body is too large.",
     415: "The body is not application/json.",
     421: "The Host header is not one of this machine.",
@@ -220,7 +221,7 @@ _ERRORS: Final = {
     503: "An expert's endpoint is overloaded, the PCM failed, or the server is being stopped.",
     504: "An expert's endpoint did not answer in time.",
 }
-_BODY_ERRORS: Final = (400, 413, 415, 422)
+_BODY_ERRORS: Final = (400, 408, 413, 415, 422)
 _EXPERT_ERRORS: Final = (429, 502, 503, 504)
 _REQUESTS: Final = (ChatRequest, TextRequest, SteerRequest)
 _REPLIES: Final = (ErrorReply, ChatReply, TextReply, ModelList, WeightsReply, HealthReply, InfoReply, RunReply)

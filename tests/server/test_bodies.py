@@ -142,6 +142,18 @@ def test_endless_body(zoo_server: Served) -> None:
     assert 2**20 < sent < 2**26
 
 
+def test_body_that_stops_half_way(zoo_server: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not waited for: 408, and the connection is closed."""
+    monkeypatch.setattr("mope_bb.server.guard.BODY_WITHIN_S", 0.2)
+    address = urlsplit(zoo_server.url)
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: {address.netloc}\r\nContent-Type: application/json\r\n"
+    with socket.create_connection((address.hostname, address.port), timeout=60) as client:
+        client.sendall(f"{head}Content-Length: 100\r\n\r\n{{".encode())
+        reply = b"".join(iter(lambda: client.recv(4096), b""))
+    assert reply.startswith(b"HTTP/1.1 408 ")
+    assert b"has not come whole within 0.2 s" in reply
+
+
 @pytest.mark.parametrize("kind", [None, "text/plain", "application/x-www-form-urlencoded", "multipart/form-data"])
 def test_content_type(zoo_server: Served, kind: str | None) -> None:
     """What a page of a stranger could send without asking first is refused."""

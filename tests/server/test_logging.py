@@ -15,7 +15,7 @@ import pytest
 from mope_bb.logs import open_log
 from mope_bb.server.app import Surroundings
 from mope_bb.zoo.serving import ZooServer
-from tests.server.gated import open_gated
+from tests.endpoints.gated import open_gated
 from tests.server.serving import chat_body, served
 
 CHAT = "/v1/chat/completions"

@@ -20,7 +20,7 @@ import pytest
 
 from mope_bb.zoo.serving import ZooServer
 from tests.command_line import Run
-from tests.server.gated import ANSWER, Gated, open_gated
+from tests.endpoints.gated import ANSWER, Gated, open_gated
 from tests.server.serving import chat_body, events_of, text_of
 
 CHAT = "/v1/chat/completions"

@@ -12,7 +12,7 @@ import openai
 import pytest
 
 from mope_bb.config import parse_config
-from tests.server.gated import ANSWER, Gated, open_gated
+from tests.endpoints.gated import ANSWER, Gated, open_gated
 from tests.server.serving import Served, chat_body, data_of, events_of, served, text_of
 
 CHAT = "/v1/chat/completions"

@@ -6,7 +6,6 @@ import asyncio
 import math
 from collections import Counter
 from collections.abc import Callable
-from contextlib import AbstractAsyncContextManager
 from itertools import islice, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,13 +15,12 @@ import pytest
 from mope_bb import Answer, Config, ConfigError, Message, Preference, PreferenceError, open_session, open_session_sync
 from mope_bb.types import TokenStep
 from mope_bb.zoo import example_questions
+from tests.endpoints.gated import open_gated
 
 if TYPE_CHECKING:
     from mope_bb.zoo import ZooServer
-    from tests.session.conftest import StandIn
 
 Scripted = Callable[..., Config]
-Served = Callable[..., "AbstractAsyncContextManager[StandIn]"]
 LEFT = [{"Hi": 0.9, "Yo": 0.1}, {" there": 0.6, " you": 0.4}]
 RIGHT = [{"Hi": 0.2, "Yo": 0.8}, {" there": 1.0}]
 ASK: dict[str, Any] = {"preference": "left,right", "temperature": 0.0}
@@ -112,11 +110,11 @@ def test_wrong_options(scripted: Scripted, option: dict[str, Any]) -> None:
         session.session.stream("hi", **option)
 
 
-def test_conversations_as_messages_or_mappings(stand_in_server: Served) -> None:
+def test_conversations_as_messages_or_mappings() -> None:
     """Messages, dictionaries and a bare question are one conversation, rendered once; a system message is not."""
 
     async def run() -> list[Any]:
-        async with stand_in_server("left") as server, open_session(server.config) as session:
+        async with open_gated("left") as server, open_session(server.config) as session:
             await session.complete("hi")
             await session.complete([{"role": "user", "content": "hi"}])
             await session.complete([Message("user", "hi")])

@@ -23,6 +23,10 @@ class Gated:
         """How many pieces of an answer it gives at once."""
         self.fails_after = 1_000
         """How many it gives before it answers 500."""
+        self.context = 1_000
+        """How many tokens a prompt may have."""
+        self.conversations: list[Any] = []
+        """What was rendered."""
         self.num_asked = 0
         """Questions for a next token."""
         self.num_waiting = 0
@@ -48,6 +52,7 @@ class Gated:
             is_end = body["parse_special"] and body["content"] == "</s>"
             return web.json_response({"tokens": [256] if is_end else list(body["content"].encode())})
         if request.path == "/apply-template":
+            self.conversations.append(body["messages"])
             lines = [f"{message['role']}: {message['content']}\n" for message in body["messages"]]
             return web.json_response({"prompt": "".join(lines)})
         if request.path != "/completion":
@@ -55,6 +60,8 @@ class Gated:
         return await self._complete(body["prompt"])
 
     async def _complete(self, prompt: list[int]) -> web.Response:
+        if len(prompt) > self.context:
+            return web.json_response({"error": {"message": "exceeds the available context size"}}, status=400)
         position = prompt[::-1].index(ord("\n"))
         await self._count(asked=1)
         if position >= self.fails_after:
@@ -82,7 +89,7 @@ class Gated:
 
 
 @asynccontextmanager
-async def open_gated(*names: str, **server: Any) -> AsyncIterator[Gated]:
+async def open_gated(*names: str, mode: str = "lockstep", **server: Any) -> AsyncIterator[Gated]:
     """Serve it for the experts `names` on loopback, in this event loop; `server` are settings of `[server]`."""
     gated = Gated()
     application = web.Application()
@@ -102,7 +109,7 @@ async def open_gated(*names: str, **server: Any) -> AsyncIterator[Gated]:
             {
                 "experts": [{"name": name, "dimension": name, **shared} for name in names],
                 "cache": {"enabled": False},
-                "decoding": {"mode": "lockstep"},
+                "decoding": {"mode": mode},
                 "server": server,
             }
         )
