@@ -31,10 +31,12 @@ from tests.speculation.measure import (
 from tests.speculation.reference import Reference
 from tests.speculation.wrong_rules import WRONG
 
-RULES: Final = ("linear", "geometric, scored", "product")
 SHAPED: Final = "linear, temperature 0.7, top_p 0.9"
+SCORED: Final = "geometric, scored"
+RULES: Final = ("linear", SCORED, "product")
 every_setup = pytest.mark.parametrize("setup", SETUPS.values(), ids=SETUPS)
-
+SLOW: Final = (SHAPED, SCORED)
+"""What takes longest, and differs from the others in little."""
 
 NUM_ANSWERS: Final = 10_000
 
@@ -59,7 +61,10 @@ def test_drafts_keep_the_distribution(workers: ProcessPoolExecutor, setup: str, 
     assert sampled.num_with_drafts > 0.5 * NUM_ANSWERS
 
 
-@every_setup
+@pytest.mark.parametrize(
+    "setup",
+    [pytest.param(setup, id=name, marks=[pytest.mark.slow] * (name in SLOW)) for name, setup in SETUPS.items()],
+)
 def test_lockstep_and_lookahead(workers: ProcessPoolExecutor, setup: Setup) -> None:
     """Lockstep has the exact distribution, and lookahead gives the same answers in fewer round trips."""
     lockstep = sample_widely(workers, setup, MODES["lockstep"], NUM_ANSWERS)
