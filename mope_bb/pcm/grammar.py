@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 from mope_bb.errors import ConfigError
+from mope_bb.pcm.closed_objects import close_objects
 from mope_bb.pcm.constraint import Constraint
 from mope_bb.tools import Form, Tool, call_prefix
 from mope_bb.types import END, Piece
@@ -209,7 +210,7 @@ def call_constraint(tools: Sequence[Tool], *, or_json: Mapping[str, Any] | bool 
 
 def _styled(schema: Mapping[str, Any] | bool) -> dict[str, Any]:
     # `false` allows nothing; llguidance says so of an empty list of types.
-    found: dict[str, Any] = {} if schema is True else {"anyOf": []} if schema is False else dict(schema)
+    found = {} if schema is True else {"anyOf": []} if schema is False else close_objects(schema)
     return {**found, "x-guidance": JSON_STYLE}
 
 
