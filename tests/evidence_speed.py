@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any, Final
 from unittest.mock import patch
 
-from mope_bb.pcm import decode as decoding
+from mope_bb.pcm import drafting
 from tests.evidence import tell
 from tests.evidence_parts import measure_parts
 from tests.speculation.measure import (
@@ -61,7 +61,7 @@ def check_distribution() -> dict[str, Any]:
         exact[name] = tested(name, widely, WITHOUT_LISTS, MODES["auto"])
     wrong = {}
     for name, (rule, setup) in WRONG.items():
-        with patch.object(decoding, "verify", rule):
+        with patch.object(drafting, "verify", rule):
             wrong[name] = tested(name, sample, setup, MODES["draft"])
     return {"threshold": THRESHOLD, "exact": exact, "wrong_rules": wrong}
 

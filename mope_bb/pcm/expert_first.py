@@ -17,19 +17,43 @@ from torch import Tensor
 
 from mope_bb.errors import ConfigError
 from mope_bb.pcm.alignment import align
+from mope_bb.pcm.course import Course
 from mope_bb.pcm.features import FEATURES, expert_features
 from mope_bb.pcm.gates import Gate
 from mope_bb.pcm.merging import Plan
+from mope_bb.pcm.sampling import draw
 from mope_bb.types import Candidates, Piece, SamplingOptions, TokenDistribution, TokenStep
 
 
-def check_plan(plan: Plan, unlisted: tuple[str, ...], options: SamplingOptions, *, is_bound: bool) -> None:
+async def draw_step(course: Course, unlisted: tuple[str, ...]) -> TokenStep:
+    """The next step, where the experts `unlisted` give no lists; the answer goes on with it."""
+    plan, pool, context = course.plan, course.pool, course.context
+    listed = [name for name in plan.asked if name not in unlisted]
+    found, judged = await course.with_judging((), pool.ask(listed, context))
+    lists = dict(zip(listed, found, strict=True))
+    weights = expert_weights(plan, lists, judged.head_scores[0], judged.gate)
+    name = plan.asked[draw(shares(plan, lists, weights).log(), course.uniform())]
+    if name in lists:
+        logprobs = torch.tensor(lists[name].logprobs, dtype=torch.float64)
+        piece = lists[name].pieces[draw(logprobs, course.uniform())]
+        course.count(num_round_trips=1)
+    else:
+        piece = await pool.sample(name, context)
+        course.uses_drafts = True
+        course.count(num_round_trips=2 if listed else 1)
+    for one in {*listed, name}:
+        course.count_generated(one, 1)
+    course.context = context.extended(piece)
+    return step_of(plan, lists, weights, (name, piece), judged.policy_version)
+
+
+def check_plan(plan: Plan, unlisted: tuple[str, ...], options: SamplingOptions, *, has_form: bool) -> None:
     """Raise ConfigError where something is wanted that needs the probabilities of the `unlisted` experts.
 
-    `is_bound`: the answer must have a form.
+    `has_form`: the answer must have one.
     """
     name = unlisted[0]
-    if is_bound:
+    if has_form:
         raise ConfigError(
             f"expert {name!r} gives no logprobs, so tools and `response_format` cannot choose among its tokens",
             hint="Leave this expert out.",

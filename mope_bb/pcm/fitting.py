@@ -104,6 +104,11 @@ class Fitting:
         if piece != END:
             self.constraint.advance(piece.data)
 
+    def follow(self, path: Sequence[Piece]) -> None:
+        """The answer so far is `path`: what was drawn beyond it does not count."""
+        if self._path != list(path):
+            self.restart(path)
+
     def restart(self, path: Sequence[Piece]) -> None:
         """The answer so far is `path`, whatever it was."""
         self._path = list(path)

@@ -3,17 +3,33 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 from collections.abc import Iterator
 from typing import Any
 
+import jsonschema
 import pytest
 
 from mope_bb import Answer, ServerError, open_session
 from mope_bb.config import Config, parse_config
+from mope_bb.providers.pool import ExpertPool
+from mope_bb.types import Piece
 from mope_bb.zoo.serving import ZooServer
 from tests.proxy import Proxy, running
 
+BOTH = {"concise": 0.3, "technical": 0.7}
+SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "properties": {"wheels": {"type": "integer", "minimum": 100, "maximum": 999}, "name": {"type": "string"}},
+    "required": ["wheels", "name"],
+}
+FORMED: dict[str, Any] = {
+    "max_tokens": 40,
+    "temperature": 1.0,
+    "seed": 1,
+    "response_format": {"type": "json_schema", "json_schema": {"name": "bike", "schema": SCHEMA}},
+}
 NAMES = ("base", "concise", "friendly", "technical")
 
 
@@ -46,9 +62,8 @@ def answer_with_a_death(
 
     async def run() -> Answer:
         async with open_session(config) as session:
-            stream = session.stream(
-                "How do I fix a bike?", preference=preference, max_tokens=24, temperature=0.0, **options
-            )
+            asked = {"max_tokens": 24, "temperature": 0.0, **options}
+            stream = session.stream("How do I fix a bike?", preference=preference, **asked)
             if after == 0:
                 proxy.fault_rate = 1.0
             async for _ in stream:
@@ -76,6 +91,44 @@ def test_an_answer_goes_on_without_the_expert_that_failed(
         {"concise": 0.75, "technical": 0.25}
     )
     assert "the answer goes on without this expert" in caplog.text
+
+
+@pytest.mark.parametrize("after", [1, 9, 19, 22])
+def test_a_form_is_kept_when_an_expert_fails(nano_experts: ZooServer, after: int) -> None:
+    """At whatever place."""
+    with running(Proxy({"technical": nano_experts.base_urls["technical"]}, faults=("500",))) as proxy:
+        config = config_of(nano_experts, proxy)
+        check_form(answer_with_a_death(config, proxy, after=after, preference=BOTH, **(FORMED | {"seed": after})))
+
+
+def test_a_form_is_kept_when_spelling_fails(
+    nano_experts: ZooServer, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then a piece may have been drawn that is not told: it is drawn again."""
+    spell = ExpertPool.spell
+    num_left = 0
+
+    async def spell_until(self: ExpertPool, name: str, data: bytes) -> tuple[Piece, ...]:
+        nonlocal num_left
+        num_left -= 1
+        if num_left < 0 and name == "technical":
+            raise ServerError("it fails", expert=name)
+        return await spell(self, name, data)
+
+    monkeypatch.setattr(ExpertPool, "spell", spell_until)
+    config = config_of(nano_experts, proxy)
+    # Where there is little room, every piece is followed by a look at what is still to come.
+    options = FORMED | {"max_tokens": 28}
+    for num_spelt in (1, 2, 3):
+        num_left = num_spelt
+        check_form(answer_with_a_death(config, proxy, after=1000, preference=BOTH, **options))
+
+
+def check_form(answer: Answer) -> None:
+    """It goes on without the expert, as if it had never been asked."""
+    assert answer.dropped == ("technical",)
+    jsonschema.validate(json.loads(answer.text), SCHEMA)
+    assert answer.text.encode() == b"".join(step.piece.data for step in answer.steps)
 
 
 def test_an_expert_that_is_dead_from_the_start_is_left_out(nano_experts: ZooServer, proxy: Proxy) -> None:

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from mope_bb.config import DecodingConfig
-from mope_bb.pcm import decode as decoding
-from mope_bb.pcm import pacing
+from mope_bb.pcm import course, pacing
+from mope_bb.pcm.decode import decode
 from mope_bb.pcm.gates import Gate
 from mope_bb.pcm.merging import Merged, Plan, merge_path
 from mope_bb.pcm.mixture import MergeRule
@@ -139,7 +139,7 @@ class SteeredPace(AnswerPace):
 @contextmanager
 def steered() -> Iterator[None]:
     """Answers are paced by a `SteeredPace`, with a new choice after every move, so that all kinds follow each other."""
-    with patch.object(decoding, "AnswerPace", SteeredPace), patch.object(pacing, "REFRESH", 1):
+    with patch.object(course, "AnswerPace", SteeredPace), patch.object(pacing, "REFRESH", 1):
         yield
 
 
@@ -209,9 +209,7 @@ async def _sample(setup: Setup, mode: Mode, seeds: Sequence[int], *, is_repeatab
 
     async def write(pool: ExpertPool) -> None:
         for seed in waiting:
-            opened = decoding.decode(
-                QUESTION, plan, pool, scorer, options, seed=seed, pace=pace, is_repeatable=is_repeatable
-            )
+            opened = decode(QUESTION, plan, pool, scorer, options, seed=seed, pace=pace, is_repeatable=is_repeatable)
             sampled.answers[seed] = tuple([PIECES.index(step.piece) async for step in opened])
             sampled.efforts.update(asdict(opened.effort))
             sampled.num_with_drafts += opened.uses_drafts
@@ -220,7 +218,7 @@ async def _sample(setup: Setup, mode: Mode, seeds: Sequence[int], *, is_repeatab
         KnownExpert(name, table, gives_lists=name != setup.without_lists) for name, table in make_tables().items()
     ]
     async with known_pool(experts) as pool:
-        with steered(), patch.object(decoding, "merge_path", remembering(merge_path)):
+        with steered(), patch.object(course, "merge_path", remembering(merge_path)):
             await asyncio.gather(*(write(pool) for _ in range(NUM_OPEN)))
     return sampled
 

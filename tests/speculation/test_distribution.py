@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from mope_bb.pcm import decode as decoding
+from mope_bb.pcm import drafting
 from mope_bb.pcm.gates import LinearGate
 from mope_bb.pcm.merging import merge_step
 from mope_bb.pcm.runner import PathJudgement
@@ -130,7 +130,7 @@ def test_reference_agrees_with_the_merge(setup: Setup) -> None:
 def test_wrong_rules_fail(wrong: str) -> None:
     """The same test finds a wrong rule, with fewer answers."""
     rule, setup = WRONG[wrong]
-    with patch.object(decoding, "verify", rule):
+    with patch.object(drafting, "verify", rule):
         sampled = sample(setup, MODES["draft"], 4_000)
     assert sampled.test(setup.exact()).p_value < THRESHOLD
 
