@@ -56,7 +56,7 @@ def _may_close(schema: Mapping[str, Any]) -> bool:
         isinstance(properties, Mapping)
         and isinstance(required, list | tuple)
         and not schema.keys() & (_MIXING | {"additionalProperties", "enum", "const"})
-        and all(name in properties for name in required)
+        and all(isinstance(name, str) and name in properties for name in required)
         and _number(schema.get("minProperties", 0)) <= len(properties)
     )
 
@@ -97,7 +97,7 @@ def _resolve(root: Any, reference: str) -> Any:
         name = unquote(part).replace("~1", "/").replace("~0", "~")
         if isinstance(here, Mapping):
             here = here.get(name)
-        elif isinstance(here, list | tuple) and name.isdecimal() and int(name) < len(here):
+        elif isinstance(here, list | tuple) and name in map(str, range(len(here))):
             here = here[int(name)]
         else:
             return None

@@ -58,12 +58,11 @@ class Course:
         self._scorer = scorer
         self._generator = random.Random(seed)
 
-    async def follow(self, plan: Plan, *, is_repeatable: bool, is_bound: bool) -> None:
-        """Ask the experts of `plan`, which are open, from here on. `is_bound`: to an answer that has a form."""
-        pool, options = self.pool, self.options
+    async def begin(self, *, is_repeatable: bool, is_bound: bool) -> None:
+        """Ask the experts of the plan, which are open, from here on. `is_bound`: for an answer that has a form."""
+        plan, pool, options = self.plan, self.pool, self.options
         if options.max_tokens > 1:
             pool.check_can_continue(plan.asked)
-        self.plan = plan
         self.known = Lookahead(plan.asked)
         self.pace = AnswerPace(
             self.shared_pace,

@@ -125,7 +125,7 @@ class OpenAnswer:
         self._unlisted = tuple(name for name in plan.asked if not course.pool.seat(name).gives_lists)
         if self._unlisted:
             expert_first.check_plan(plan, self._unlisted, course.options, has_form=self._formed is not None)
-        await course.follow(plan, is_repeatable=self._is_repeatable, is_bound=is_bound)
+        await course.begin(is_repeatable=self._is_repeatable, is_bound=is_bound)
         self._was_bound = is_bound
 
     async def _going_on(self, work: Callable[[], Awaitable[T]]) -> T:

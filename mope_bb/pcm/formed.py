@@ -20,7 +20,6 @@ class Formed:
 
     def __init__(self, course: Course, constraint: Constraint) -> None:
         self._course = course
-        self._constraint = constraint
         self._form = Fitting(constraint, self._spell)
         self._was_heard = False
         self._held: list[TokenStep] = []
@@ -28,7 +27,7 @@ class Formed:
     @property
     def is_bound(self) -> bool:
         """The form forbids something."""
-        return not self._constraint.is_free
+        return not self._form.constraint.is_free
 
     async def begin(self) -> None:
         """See `Fitting.begin`."""
@@ -95,7 +94,7 @@ class Formed:
         self, said: Sequence[TokenDistribution], judged: PathJudgement, num_left: int
     ) -> tuple[TokenStep, Tensor] | None:
         course, form = self._course, self._form
-        lists, fits = await form.read(said), self._constraint.mask
+        lists, fits = await form.read(said), form.constraint.mask
         merged = merge_fitting(course.plan, lists, judged.head_scores[0], judged.gate, fits)
         drawn = merged and await form.draw(merged, course.shape, course.uniform, num_left)
         return (course.step(merged, drawn[1], drawn[0], judged), drawn[1]) if merged and drawn else None
@@ -104,7 +103,7 @@ class Formed:
         """What all say of pieces that fit, where none of these is on any list."""
         course = self._course
         names = course.plan.asked
-        pieces = self._constraint.allowed_among(await course.pool.vocabulary(names[0]))
+        pieces = self._form.constraint.allowed_among(await course.pool.vocabulary(names[0]))
         course.count(num_round_trips=1, num_generated=len(names))
         try:
             return await course.pool.ask_among(names, course.context, pieces)

@@ -74,6 +74,12 @@ def test_closed(schema: dict[str, Any], expected: dict[str, Any]) -> None:
         {"properties": {"x": {"$ref": "#/$defs/A"}}, "allOf": [B], "$defs": {"A": A}},
         {"properties": {"x": {"$ref": "elsewhere.json"}}},
         {"properties": {"x": {"$ref": "#/$defs/missing"}}},
+        # What is no schema at all is for the grammar to refuse.
+        {**A, "required": [["a"], {}]},
+        {**A, "required": 5},
+        {**A, "minProperties": "two"},
+        {"anyOf": [A], "$ref": "#/anyOf/" + "9" * 5000},
+        {"anyOf": 5, "items": "x", "$ref": None},
     ],
 )
 def test_left_open(schema: dict[str, Any]) -> None:

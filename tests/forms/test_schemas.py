@@ -74,7 +74,17 @@ def test_every_answer_is_valid(nano_experts: ZooServer) -> None:
     assert 0.1 < sum(is_forced) / len(is_forced) < 0.9
 
 
-@pytest.mark.parametrize("schema", [{"type": "nothing"}, {"not": {}}, {"type": "array", "uniqueItems": True}, False])
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "nothing"},
+        {"not": {}},
+        {"type": "array", "uniqueItems": True},
+        False,
+        {"properties": {"a": {}}, "required": [["a"]]},
+        {"$ref": "#/anyOf/" + "9" * 5000, "anyOf": [{}]},
+    ],
+)
 def test_what_cannot_be_enforced_is_refused(nano_experts: ZooServer, schema: Any) -> None:
     """With what llguidance says, before an expert is asked."""
 
