@@ -362,6 +362,8 @@ FAULTS: Final[Mapping[str, Fault]] = {
 }
 """Name -> fault."""
 FLOODS: Final = ("endless stream", "endless head", "endless interim replies", "gzip bomb", "many objects")
-"""Those that send more than fits,"""
+"""Those that send more than fits."""
+SILENT: Final = ("black hole", "silent body", "slow bytes")
+"""Those that only a deadline ends."""
 HOSTILE: Final = (*FLOODS, "brackets", "slow bytes")
-"""and all that are after the client's memory and time."""
+"""All that are after the client's memory and time."""

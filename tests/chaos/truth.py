@@ -13,7 +13,7 @@ from mope_bb.config import ExpertConfig, parse_config
 from mope_bb.providers.dialects import CHAT, COMPLETIONS, NATIVE
 from mope_bb.providers.wire import is_whole_text
 from mope_bb.types import END, Context, Message, Piece, TokenDistribution
-from tests.chaos.engine import QuickEngine
+from tests.chaos.engine import QuickEngine, RankedRow
 from tests.chaos.server import BASE_PATHS
 from tests.endpoints.stand_ins import MODEL
 
@@ -32,8 +32,6 @@ DRAFT_LENGTHS: Final = (16, 17, 18)
 NUM_DRAFTED: Final = 5
 
 Kind = Literal["next", "score", "draft"]
-Table = dict[int | bytes, tuple[Piece, float]]
-"""All V pieces by key, each with its natural logprob, the most probable first."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,12 @@ class Truth:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._engine = QuickEngine(folder)
-        self._tables: dict[tuple[bool, tuple[int, ...]], Table] = {}
+        self._pieces = {by_bytes: self._all_pieces(by_bytes=by_bytes) for by_bytes in (False, True)}
+        self._tokens = {
+            by_bytes: {piece.key: token for token, piece in enumerate(pieces)}
+            for by_bytes, pieces in self._pieces.items()
+        }
+        assert {len(one) for one in self._tokens.values()} == {self._engine.vocab_size}
 
     def config(self, dialect: str, url: str, life: str, **settings: object) -> ExpertConfig:
         """An expert behind the chaos server."""
@@ -117,37 +120,37 @@ class Truth:
         return "short" if is_short else "right"
 
     def _compare(self, found: TokenDistribution, context: Context, top_k: int, dialect: str) -> str:
-        table = self._table(context, by_bytes=dialect == "openai")
-        if found.vocab_size not in (None, len(table)):
-            return f"a vocabulary of {found.vocab_size} pieces, expected {len(table)}"
-        # Its order is that of the ranking.
-        ranked = list(itertools.islice(table.values(), top_k))
+        # Who knows no ids knows pieces by their bytes.
+        by_bytes = dialect == "openai"
+        pieces, tokens = self._pieces[by_bytes], self._tokens[by_bytes]
+        row = self._row(context)
+        if found.vocab_size not in (None, len(row)):
+            return f"a vocabulary of {found.vocab_size} pieces, expected {len(row)}"
+        ranked = [pieces[token] for token in row.ranking[:top_k]]
         if found.is_guess:
-            return (
-                "right" if found.pieces == (ranked[0][0],) else f"{found.pieces} as most probable, not {ranked[0][0]}"
-            )
+            return "right" if found.pieces == (ranked[0],) else f"{found.pieces} as most probable, not {ranked[0]}"
         for piece, value in zip(found.pieces, found.logprobs, strict=True):
-            known = table.get(piece.key)
-            if known is None or known[0] != piece:
+            token = tokens.get(piece.key)
+            if token is None or pieces[token] != piece:
+                known = None if token is None else pieces[token]
                 return f"{piece} is no piece of the model; of this id it has {known}"
-            if not abs(value - known[1]) <= TOLERANCE:
-                return f"{piece} has the logprob {value}, expected {known[1]}"
+            if not abs(value - row[token]) <= TOLERANCE:
+                return f"{piece} has the logprob {value}, expected {row[token]}"
         takes_text = dialect in ("tgi", "openai", "vllm-chat")
-        expected = [piece for piece, _ in ranked if piece == END or not takes_text or is_whole_text(piece.data)]
+        expected = [piece for piece in ranked if piece == END or not takes_text or is_whole_text(piece.data)]
         return "right" if set(expected) <= set(found.pieces) else "short"
 
-    def _table(self, context: Context, *, by_bytes: bool) -> Table:
+    def _row(self, context: Context) -> RankedRow:
         engine = self._engine
         ids = engine.encode(engine.render([{"role": one.role, "content": one.content} for one in context.messages]))
-        ids += [piece.token_id for piece in context.response if piece.token_id is not None]
-        key = (by_bytes, tuple(ids))
-        if key not in self._tables:
-            pieces = [engine.chat.piece(token) for token in range(engine.vocab_size)]
-            if by_bytes:
-                # Control tokens are written by name there.
-                texts = [piece.data or engine.text(token).encode() for token, piece in enumerate(pieces)]
-                pieces = [one if one == END else Piece(text) for one, text in zip(pieces, texts, strict=True)]
-            row = engine.row(ids)
-            self._tables[key] = {pieces[token].key: (pieces[token], row[token]) for token in row.ranking}
-            assert len(self._tables[key]) == engine.vocab_size
-        return self._tables[key]
+        return engine.row([*ids, *(piece.token_id for piece in context.response if piece.token_id is not None)])
+
+    def _all_pieces(self, *, by_bytes: bool) -> list[Piece]:
+        """All V pieces by token id."""
+        engine = self._engine
+        pieces = [engine.chat.piece(token) for token in range(engine.vocab_size)]
+        if not by_bytes:
+            return pieces
+        # Control tokens are written by name there.
+        texts = [piece.data or engine.text(token).encode() for token, piece in enumerate(pieces)]
+        return [one if one == END else Piece(text) for one, text in zip(pieces, texts, strict=True)]
