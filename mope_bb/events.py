@@ -19,6 +19,8 @@ class TextDelta:
 class ToolCallDelta:
     """A tool call grew."""
 
+    index: int
+    """Which call of the answer, from 0."""
     call_id: str
     name: str | None
     """The tool, in the one event in which it becomes known."""
@@ -35,4 +37,4 @@ class Finished:
 
 
 Event = TextDelta | ToolCallDelta | Finished
-"""One TextDelta or ToolCallDelta for each token, then one Finished."""
+"""One TextDelta or ToolCallDelta for each token, or two where it ends a call and begins another; then one Finished."""

@@ -86,6 +86,7 @@ class Session:
         seed: int | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
         tool_choice: str | Mapping[str, Any] | None = None,
+        parallel_tool_calls: bool = False,
         response_format: Mapping[str, Any] | None = None,
         answer_so_far: str = "",
     ) -> AnswerStream:
@@ -93,10 +94,11 @@ class Session:
 
         `preference` is what `preferences.parse_preference` reads, weights by name, or None for every dimension alike.
         `tools`, `tool_choice` and `response_format` are OpenAI's: a call fits its tool's schema, JSON the one that is
-        given, whatever the experts know of it. `answer_so_far` is how the answer begins; it does not come again.
+        given, whatever the experts know of it. With `parallel_tool_calls` an answer may hold several calls.
+        `answer_so_far` is how the answer begins; it does not come again.
         Raises ConfigError at once for bad arguments; ProviderError and others while streaming.
         """
-        form = parse_form(tools, tool_choice, response_format)
+        form = parse_form(tools, tool_choice, response_format, parallel_tool_calls=parallel_tool_calls)
         messages = told_messages(parse_conversation(conversation), form, style=self.config.decoding.tool_messages)
         options = _options(temperature, top_p, max_tokens, stop, seed)
         return self._stream(_Question(messages, _encoded(answer_so_far), options, form), preference, merge)

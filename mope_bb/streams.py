@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mope_bb.errors import ContextLengthError
 from mope_bb.events import Event, Finished, TextDelta, ToolCallDelta
@@ -49,7 +49,7 @@ class AnswerStream:
         self._make_plan = make_plan
         self._form = form or Form()
         self._options = options
-        self._call = CallReader()
+        self._calls = CallReader()
         self._steps: list[TokenStep] = []
         self._texts: list[str] = []
         self._finish_reason: FinishReason | None = None
@@ -65,8 +65,13 @@ class AnswerStream:
             held += token.text
             is_call = self._form.begins_call(held) if is_call is None else is_call
             if is_call:
-                name, arguments = self._call.feed(held)
-                yield ToolCallDelta(self._call.call_id, name, arguments, token)
+                *ended, part = self._calls.feed(held)
+                for one in ended:
+                    # What the token says of the whole answer is told once, by the last event of it.
+                    yield ToolCallDelta(
+                        one.index, one.call_id, one.name, one.arguments, replace(token, finish_reason=None)
+                    )
+                yield ToolCallDelta(part.index, part.call_id, part.name, part.arguments, token)
             elif is_call is None and token.finish_reason is None:
                 yield TextDelta("", token)
                 continue
@@ -89,7 +94,7 @@ class AnswerStream:
 
     @property
     def text(self) -> str:
-        """The text so far; of a tool call its JSON."""
+        """The text so far; of tool calls their JSON."""
         return "".join(self._texts)
 
     @property
@@ -105,7 +110,7 @@ class AnswerStream:
             self._plan.rule.name,
             Effort() if opened is None else opened.effort,
             () if self._opened is None else (*self._opened.dropped, *self._opened.answer.dropped),
-            (self._call.read(self.text),) if is_called else (),
+            self._calls.read(self.text) if is_called else (),
             0 if self._opened is None else self._opened.num_prompt_tokens,
         )
 

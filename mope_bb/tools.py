@@ -1,7 +1,7 @@
 """Tools in words: how experts that know nothing of tools are told of them, and how their calls are read.
 
-A call is an answer that is one JSON object, `{"tool": NAME, "arguments": {...}}`. It is the same for every expert,
-whatever syntax its own template has, since experts of one answer write the same tokens.
+A call is an answer that is one JSON object, `{"tool": NAME, "arguments": {...}}`; several are several lines. It is the
+same for every expert, whatever syntax its own template has, since experts of one answer write the same tokens.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
@@ -38,6 +38,7 @@ class Form:
     tools: tuple[Tool, ...] = ()
     """Those that may be called."""
     is_call_required: bool = False
+    takes_several_calls: bool = False
     schema: Mapping[str, Any] | bool | None = None
     """What an answer that is no call must fit, as JSON; None = it is text."""
     tells_schema: bool = False
@@ -59,6 +60,8 @@ def parse_form(
     tools: Sequence[Mapping[str, Any]] | None,
     tool_choice: str | Mapping[str, Any] | None,
     response_format: Mapping[str, Any] | None,
+    *,
+    parallel_tool_calls: bool = False,
 ) -> Form:
     """Read `tools`, `tool_choice` and `response_format` in OpenAI's shapes. Raises ConfigError."""
     offered = tuple(_parse_tool(tool) for tool in tools or ())
@@ -74,10 +77,10 @@ def parse_form(
     if kind == "none" or not offered:
         return Form(schema=schema, tells_schema=tells_schema)
     if kind == "auto":
-        return Form(offered, schema=schema, tells_schema=tells_schema)
+        return Form(offered, takes_several_calls=parallel_tool_calls, schema=schema, tells_schema=tells_schema)
     if kind != "required":
         offered = tuple(tool for tool in offered if tool.name == kind.removeprefix("name:"))
-    return Form(offered, is_call_required=True)
+    return Form(offered, is_call_required=True, takes_several_calls=parallel_tool_calls)
 
 
 def _parse_tool(tool: object) -> Tool:
@@ -183,6 +186,8 @@ def _describe_tools(form: Form) -> str:
         lines.append(f"- {tool.name}: {tool.description} Arguments: {_compact(tool.parameters)}".replace(":  ", ": "))
     how = f"{call_prefix('NAME')}{{...}}}}"
     lines.append(f"Answer only with a call: {how}" if form.is_call_required else f"To call one, answer only with {how}")
+    if form.takes_several_calls:
+        lines.append("To make several calls, write each on a line of its own.")
     return "\n".join(lines)
 
 
@@ -215,33 +220,62 @@ def _compact(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
+@dataclass(frozen=True, slots=True)
+class CallPart:
+    """What one call of an answer grew by."""
+
+    index: int
+    """Which call of the answer, from 0."""
+    call_id: str
+    name: str | None
+    """The tool, in the one part in which it becomes known."""
+    arguments: str
+
+
 class CallReader:
-    """Reads a call as it is written: `feed` gives the name once it is whole, and the text of the arguments."""
+    """Reads calls as they are written: of each the name once it is whole, and the text of the arguments."""
 
     def __init__(self) -> None:
-        self.call_id = f"call_{secrets.token_hex(12)}"
-        self._text = ""
+        self._ids: list[str] = []
+        self._line = ""
+        """The call that is being written,"""
+        self._index = 0
         self._start: int | None = None
+        """where its arguments begin,"""
         self._told = 0
+        """and how many of their characters were told."""
 
-    def feed(self, text: str) -> tuple[str | None, str]:
-        """The name, where it is known since this piece, else None; and what the arguments grew by."""
-        self._text += text
+    def feed(self, text: str) -> list[CallPart]:
+        """What the calls grew by: at least one part, the last of the call that goes on."""
+        line, *further = text.split("\n")
+        parts = [self._grow(line)]
+        for line in further:
+            self._line, self._index, self._start, self._told = "", self._index + 1, None, 0
+            parts.append(self._grow(line))
+        return [part for part in parts[:-1] if part.name is not None or part.arguments] + parts[-1:]
+
+    def read(self, text: str) -> tuple[ToolCall, ...]:
+        """The calls that the whole `text` is, whether or not it was fed."""
+        return tuple(self._read_all(text.split("\n")))
+
+    def _read_all(self, lines: Sequence[str]) -> Iterator[ToolCall]:
+        for index, line in enumerate(lines):
+            found = _HEAD.match(line)
+            assert found is not None
+            yield ToolCall(self._id(index), json.loads(line)["tool"], line[found.end() : -1])
+
+    def _grow(self, text: str) -> CallPart:
+        self._line += text
         name: str | None = None
-        if self._start is None:
-            found = _HEAD.match(self._text)
-            if found is None:
-                return None, ""
+        if self._start is None and (found := _HEAD.match(self._line)):
             self._start, name = found.end(), found[1]
-        arguments = self._text[self._start :]
+        arguments = "" if self._start is None else self._line[self._start :]
         # The last brace is the call's own: it is held back until more follows.
-        end = len(arguments) - 1
-        told, self._told = arguments[self._told : max(end, self._told)], max(end, self._told)
-        return name, told
+        end = max(len(arguments) - 1, self._told)
+        told, self._told = arguments[self._told : end], end
+        return CallPart(self._index, self._id(self._index), name, told)
 
-    def read(self, text: str) -> ToolCall:
-        """The call that the whole `text` is, whether or not it was fed."""
-        call = json.loads(text)
-        found = _HEAD.match(text)
-        assert found is not None
-        return ToolCall(self.call_id, call["tool"], text[found.end() : -1])
+    def _id(self, index: int) -> str:
+        while len(self._ids) <= index:
+            self._ids.append(f"call_{secrets.token_hex(12)}")
+        return self._ids[index]

@@ -70,8 +70,12 @@ class Constraint(ABC):
         return np.array([self.allows_piece(piece) for piece in candidates.pieces])
 
     def allowed_among(self, vocabulary: Sequence[Piece]) -> list[Piece]:
-        """Pieces that may come next, the shortest first and at most `MAX_NAMED`: they are what text is made of."""
-        found = [piece for piece in vocabulary if piece != END and self.allows_piece(piece)]
+        """Pieces that may come next, the shortest first and at most `MAX_NAMED`: they are what text is made of.
+
+        END is one of them where the answer may end here.
+        """
+        found = [END] if self.is_complete else []
+        found += [piece for piece in vocabulary if piece != END and self.allows_piece(piece)]
         return sorted(found, key=lambda piece: len(piece.data))[:MAX_NAMED]
 
 

@@ -12,11 +12,13 @@ from typing import Any, Final
 from mope_bb.errors import ConfigError
 from mope_bb.pcm.closed_objects import close_objects
 from mope_bb.pcm.constraint import Constraint
-from mope_bb.tools import Form, Tool, call_prefix
-from mope_bb.types import END, Piece
+from mope_bb.tools import Form, call_prefix
+from mope_bb.types import Piece
 
 JSON_STYLE: Final = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """As `json.dumps` writes. Freedom in whitespace would be freedom to write nothing else."""
+MAX_CALLS: Final = 32
+"""So many calls at most stand in one answer."""
 MAX_CLOSING: Final = 2048
 """Bytes that the end of an answer may need;"""
 MAX_PLAIN: Final = 512
@@ -60,7 +62,7 @@ class Grammar(Constraint):
 
     def allowed_among(self, vocabulary: Sequence[Piece]) -> list[Piece]:
         first = self._next_bytes()
-        return super().allowed_among([one for one in vocabulary if one == END or one.data[:1] in first])
+        return super().allowed_among([one for one in vocabulary if one.data[:1] in first])
 
     def closing(self) -> bytes | None:
         if not self._is_closing_known:
@@ -185,7 +187,7 @@ class MaybeCall(Constraint):
 def build_constraint(form: Form) -> Constraint | None:
     """What enforces `form`; None where any text will do. Raises ConfigError."""
     if form.tools:
-        call = call_constraint(form.tools, or_json=form.schema)
+        call = call_constraint(form)
         return call if form.is_call_required or form.schema is not None else MaybeCall(call)
     return None if form.schema is None else json_constraint(form.schema)
 
@@ -196,15 +198,22 @@ def json_constraint(schema: Mapping[str, Any] | bool) -> Constraint:
     return Grammar(_llguidance().LLMatcher.grammar_from_json_schema(_styled(schema)), what=what)
 
 
-def call_constraint(tools: Sequence[Tool], *, or_json: Mapping[str, Any] | bool | None = None) -> Constraint:
-    """Only a call of one of `tools`, with arguments that fit its schema; or also JSON. Raises ConfigError."""
-    choices = [f"call{n}" for n in range(len(tools))]
-    rules = [] if or_json is None else [f"answer: %json {json.dumps(_styled(or_json))}"]
-    rules.insert(0, f"start: {' | '.join(choices + ['answer'] * len(rules))}")
-    for n, tool in enumerate(tools):
+def call_constraint(form: Form) -> Constraint:
+    """Only calls of its tools, with arguments that fit their schemas; or JSON, where it has a schema as well.
+
+    Raises ConfigError.
+    """
+    names = range(len(form.tools))
+    rules = [f"call: {' | '.join(f'call{n}' for n in names)}"]
+    for n, tool in enumerate(form.tools):
         rules.append(f'call{n}: {json.dumps(call_prefix(tool.name))} %json {json.dumps(_styled(tool.parameters))} "}}"')
-    names = ", ".join(tool.name for tool in tools)
-    what = f"the parameters of a tool ({names})" + (" or the JSON schema" if or_json is not None else "")
+    calls = f'call ("\\n" call){{0,{MAX_CALLS - 1}}}' if form.takes_several_calls else "call"
+    what = f"the parameters of a tool ({', '.join(tool.name for tool in form.tools)})"
+    if form.schema is None:
+        rules.append(f"start: {calls}")
+    else:
+        rules += [f"start: {calls} | answer", f"answer: %json {json.dumps(_styled(form.schema))}"]
+        what += " or the JSON schema"
     return Grammar(_llguidance().LLMatcher.grammar_from_lark("\n".join(rules)), what=what)
 
 

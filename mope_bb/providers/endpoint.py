@@ -253,7 +253,11 @@ class IdEndpoint(IdExpert, WireExpert):
         return steps
 
     async def ask_among(self, context: Context, pieces: Sequence[Piece], *, top_k: int) -> TokenDistribution:
-        named = [piece.token_id for piece in pieces if piece.token_id is not None][: self.capabilities.max_named]
+        if not self.capabilities.max_named:
+            return await super().ask_among(context, pieces, top_k=top_k)
+        ends = tuple((await self.tokenizer()).end_ids)
+        ids = [token_id for piece in pieces for token_id in (ends if piece == END else (piece.token_id,))]
+        named = [token_id for token_id in ids if token_id is not None][: self.capabilities.max_named]
         if not named:
             return await super().ask_among(context, pieces, top_k=top_k)
         reply = await self.observe(context, Ask(top_k, named=tuple(named)))

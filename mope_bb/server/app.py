@@ -52,7 +52,7 @@ REPORT_POLICY: Final = "sandbox; default-src 'none'; style-src 'unsafe-inline'; 
 LARGE_BODY: Final = 2**15
 _LOGGED: Final = {
     *("temperature", "top_p", "max_tokens", "max_completion_tokens", "n", "stop", "seed", "merge"),
-    *("tools", "tool_choice", "response_format", "continue_final_message"),
+    *("tools", "tool_choice", "parallel_tool_calls", "response_format", "continue_final_message"),
 }
 _Prompt = tuple[list[dict[str, Any]], Callable[[int | None], AnswerStream]]
 """What is answered, for the log, and what begins an answer with a seed."""
@@ -143,6 +143,7 @@ class Server:
                 seed=seed,
                 tools=asked.tools,
                 tool_choice=asked.tool_choice,
+                parallel_tool_calls=bool(asked.parallel_tool_calls),
                 response_format=asked.response_format,
                 answer_so_far=begun,
                 **self._sampling(asked),

@@ -149,7 +149,9 @@ class ChatRequest(Sampling):
     top_logprobs: Annotated[int, Field(ge=0)] | None = None
     tools: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
     tool_choice: str | dict[str, Any] | None = None
-    parallel_tool_calls: bool | None = None
+    parallel_tool_calls: Annotated[
+        bool | None, Field(description="Whether an answer may hold several calls; not, where this is not given.")
+    ] = None
     response_format: dict[str, Any] | None = None
     continue_final_message: Annotated[
         bool | None, Field(description="The last message, of the assistant, is the beginning of the answer.")

@@ -158,8 +158,10 @@ def weights_of(plan: Plan) -> dict[str, float]:
 def _call_delta(event: ToolCallDelta) -> dict[str, Any]:
     if event.name is not None:
         function = {"name": event.name, "arguments": event.arguments}
-        return {"tool_calls": [{"index": 0, "id": event.call_id, "type": "function", "function": function}]}
-    return {"tool_calls": [{"index": 0, "function": {"arguments": event.arguments}}]} if event.arguments else {}
+        return {"tool_calls": [{"index": event.index, "id": event.call_id, "type": "function", "function": function}]}
+    if event.arguments:
+        return {"tool_calls": [{"index": event.index, "function": {"arguments": event.arguments}}]}
+    return {}
 
 
 def _old_logprobs(details: Sequence[Details]) -> dict[str, Any] | None:

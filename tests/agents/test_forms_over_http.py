@@ -136,6 +136,32 @@ def test_streamed_calls_are_put_together_by_the_sdk(client: OpenAI) -> None:
     assert final.usage.completion_tokens > 5
 
 
+def test_several_calls_in_one_answer(client: OpenAI) -> None:
+    """The same whole and streamed; the results of all go back in one turn; and without the flag there is one."""
+    asked: Any = {"model": MODEL, "messages": [QUESTION], "tools": [{**PRICE_TOOL, "function": strict_price()}]}
+    asked |= {"tool_choice": "required", "max_tokens": 150}
+    numbers = []
+    for seed in range(4):
+        message = client.chat.completions.create(**asked, seed=seed, parallel_tool_calls=True).choices[0].message
+        with client.chat.completions.stream(**asked, seed=seed, parallel_tool_calls=True) as stream:
+            (choice,) = stream.get_final_completion().choices
+        calls, streamed = ([one.function for one in found.tool_calls or ()] for found in (message, choice.message))
+        assert [(one.name, one.arguments) for one in calls] == [(one.name, one.arguments) for one in streamed]
+        assert {json.loads(one.arguments)["part"] for one in calls} <= {"chain", "tire"}
+        assert len({one.id for one in message.tool_calls or ()}) == len(calls)
+        assert choice.finish_reason == "tool_calls"
+        numbers.append(len(calls))
+        only(client.chat.completions.create(**asked, seed=seed).choices[0].message.tool_calls)
+        results: list[Any] = [
+            {"role": "tool", "tool_call_id": one.id, "content": "12"} for one in message.tool_calls or ()
+        ]
+        again = client.chat.completions.create(
+            model=MODEL, messages=[QUESTION, message.model_dump(), *results], max_tokens=5
+        )
+        assert again.choices[0].message.content
+    assert max(numbers) > 1, numbers
+
+
 def _follow(event: ChatCompletionStreamEvent[Any], grown: dict[str, str]) -> None:
     if event.type == "tool_calls.function.arguments.delta":
         grown[event.name] = grown.get(event.name, "") + event.arguments_delta

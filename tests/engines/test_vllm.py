@@ -222,7 +222,7 @@ def test_named_tokens_are_those_of_the_whole_list(vllm: EngineServer, provider: 
         try:
             await pool.open(("base", "one"))
             vocabulary = await pool.vocabulary("base")
-            wanted = vocabulary[200:300]
+            wanted = [END, *vocabulary[200:300]]
             named = await pool.ask_among(("base", "one"), BIKE, wanted)
             whole = await asyncio.gather(
                 *(open_expert_of(pool, name).next_tokens(BIKE, top_k=len(vocabulary)) for name in ("base", "one"))

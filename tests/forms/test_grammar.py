@@ -10,7 +10,7 @@ import pytest
 
 from mope_bb import ConfigError
 from mope_bb.pcm.constraint import Constraint, read_end_as
-from mope_bb.pcm.grammar import build_constraint, json_constraint
+from mope_bb.pcm.grammar import MAX_CALLS, build_constraint, json_constraint
 from mope_bb.tools import parse_form
 from mope_bb.types import END, Piece, TokenDistribution
 from tests.forms.schemas import random_schema
@@ -146,6 +146,48 @@ def test_calls_only_and_calls_or_json() -> None:
         (None, SCHEMA, "Text", False),
     ):
         form = build_constraint(parse_form([WEATHER, NOTHING], choice, response_format))
+        assert form is not None
+        assert spoken(form, text) is is_allowed, text
+
+
+@pytest.mark.parametrize("choice", [None, "required"])
+def test_several_calls(choice: str | None) -> None:
+    """Each on a line of its own, where that is asked for; half a call never, nor more than fit."""
+    wait = '{"tool": "wait", "arguments": {}}'
+    for is_parallel, text, is_allowed in (
+        (False, CALL, True),
+        (False, f"{CALL}\n{wait}", False),
+        (True, CALL, True),
+        (True, f"{CALL}\n{wait}", True),
+        (True, f"{CALL}\n{wait}\n{CALL}", True),
+        (True, f"{CALL}\n", False),
+        (True, f"{CALL}\n\n{wait}", False),
+        (True, f"{CALL}{wait}", False),
+        (True, f"{CALL}\nText", False),
+        (True, f"{CALL}\n{wait[:-1]}", False),
+        (True, "\n".join([wait] * MAX_CALLS), True),
+        (True, "\n".join([wait] * (MAX_CALLS + 1)), False),
+    ):
+        form = build_constraint(parse_form([WEATHER, NOTHING], choice, None, parallel_tool_calls=is_parallel))
+        assert form is not None
+        assert spoken(form, text) is is_allowed, (is_parallel, text)
+
+
+def test_after_a_call_the_experts_decide() -> None:
+    """The answer may end there, and nothing is forced; where no list holds what may come, the end is asked for too."""
+    line, brace, other = Piece(b"\n", 1), Piece(b"\n{", 2), Piece(b"a", 3)
+    for is_parallel, is_over, named in ((False, True, [END]), (True, False, [END, line, brace])):
+        form = build_constraint(parse_form([WEATHER, NOTHING], "required", None, parallel_tool_calls=is_parallel))
+        assert form is not None
+        form.advance(CALL.encode())
+        assert (form.is_complete, form.is_over, form.forced(), form.closing()) == (True, is_over, b"", b"")
+        assert form.allowed_among([other, brace, END, line]) == named
+
+
+def test_a_schema_beside_several_calls() -> None:
+    """Calls, or JSON: not both."""
+    for text, is_allowed in ((f"{CALL}\n{CALL}", True), ("12", True), (f"{CALL}\n12", False), (f"12\n{CALL}", False)):
+        form = build_constraint(parse_form([WEATHER, NOTHING], None, SCHEMA, parallel_tool_calls=True))
         assert form is not None
         assert spoken(form, text) is is_allowed, text
 

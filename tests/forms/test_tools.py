@@ -112,12 +112,34 @@ def test_schema_is_told() -> None:
 
 @pytest.mark.parametrize("size", [1, 2, 7, 200])
 def test_call_is_read_in_parts(size: int) -> None:
-    """Whatever the parts, the name comes once, and the arguments add up."""
+    """Whatever the parts, each name comes once, and the arguments of each call add up."""
+    text = f'{CALL}\n{{"tool": "wait", "arguments": {{}}}}\n{CALL}'
     reader = CallReader()
-    found = [reader.feed(CALL[start : start + size]) for start in range(0, len(CALL), size)]
-    assert [name for name, _ in found if name is not None] == ["get_weather"]
-    assert "".join(arguments for _, arguments in found) == '{"city": "Kassel"}'
-    assert reader.read(CALL).arguments == '{"city": "Kassel"}'
+    found = [part for start in range(0, len(text), size) for part in reader.feed(text[start : start + size])]
+    assert [(part.index, part.name) for part in found if part.name is not None] == [
+        (0, "get_weather"),
+        (1, "wait"),
+        (2, "get_weather"),
+    ]
+    written = ["".join(part.arguments for part in found if part.index == index) for index in range(3)]
+    assert written == ['{"city": "Kassel"}', "{}", '{"city": "Kassel"}']
+    calls = reader.read(text)
+    assert [(call.name, call.arguments) for call in calls] == list(
+        zip(["get_weather", "wait", "get_weather"], written, strict=True)
+    )
+    assert {(part.index, part.call_id) for part in found} == set(enumerate(call.call_id for call in calls))
+    assert len({call.call_id for call in calls}) == 3
+
+
+def test_every_piece_of_a_call_is_a_part() -> None:
+    """What is written between two calls is no part of either, but the stream goes on with it."""
+    reader = CallReader()
+    assert len(reader.feed(CALL)) == 1
+    (between,) = reader.feed("\n")
+    assert (between.index, between.name, between.arguments) == (1, None, "")
+    ended, begun = reader.feed(f'{CALL}\n{{"to')
+    assert (ended.index, ended.name, ended.arguments) == (1, "get_weather", '{"city": "Kassel"}')
+    assert (begun.index, begun.name, begun.arguments) == (2, None, "")
 
 
 def test_what_begins_a_call() -> None:
@@ -129,6 +151,17 @@ def test_what_begins_a_call() -> None:
     assert [json_or_call.begins_call(text) for text in starts] == [None, None, True, True, False, False]
     assert parse_form([WEATHER], "required", None).begins_call("") is True
     assert parse_form([], None, SCHEMA).begins_call("{") is False
+
+
+@pytest.mark.parametrize("choice", [None, "required", {"type": "function", "function": {"name": "get_weather"}}])
+def test_several_calls_are_told(choice: Any) -> None:
+    """Only where they are allowed."""
+    for is_parallel in (False, True):
+        form = parse_form([WEATHER], choice, None, parallel_tool_calls=is_parallel)
+        assert form.takes_several_calls is is_parallel
+        told = told_messages(parse_conversation("How is it?"), form, style="plain")[0].content
+        assert ("several calls" in told) is is_parallel
+    assert parse_form([WEATHER], "none", None, parallel_tool_calls=True) == Form()
 
 
 @pytest.mark.parametrize(

@@ -171,3 +171,34 @@ def test_events_of_an_answer_and_of_a_call(nano_experts: ZooServer) -> None:
             assert {one.call_id for one in calls} == {call.call_id}
 
     asyncio.run(run())
+
+
+def test_a_token_may_end_a_call_and_begin_another(scripted: Scripted) -> None:
+    """Then it has an event for each; what it says of the whole answer is told once."""
+    properties = {"n": {"type": "integer"}}
+    tool = {
+        "type": "function",
+        "function": {"name": "count", "parameters": {"properties": properties, "required": ["n"]}},
+    }
+    # What the form leaves no choice about comes before and between them.
+    script = [{"forced": 1.0}, {'1}}\n{"tool': 1.0}, {"forced": 1.0}, {"2": 1.0}, {"}}": 1.0}]
+
+    async def run() -> None:
+        async with open_session(scripted(caller=script)) as session:
+            stream = session.stream(
+                QUESTION, preference="caller", tools=[tool], tool_choice="required", parallel_tool_calls=True
+            )
+            *calls, last = [one async for one in stream.events()]
+        assert isinstance(last, Finished)
+        told = [(one.name, one.arguments) for one in last.answer.tool_calls]
+        assert told == [("count", '{"n": 1}'), ("count", '{"n": 2}')]
+        assert len(calls) == len(last.answer.steps) + 1
+        for index, call in enumerate(last.answer.tool_calls):
+            parts = [one for one in calls if isinstance(one, ToolCallDelta) and one.index == index]
+            assert [one.name for one in parts if one.name] == ["count"]
+            assert "".join(one.arguments for one in parts) == call.arguments
+            assert {one.call_id for one in parts} == {call.call_id}
+        reasons = [one.token.finish_reason for one in calls if isinstance(one, ToolCallDelta)]
+        assert reasons == [None] * (len(calls) - 1) + ["tool_calls"]
+
+    asyncio.run(run())
