@@ -3,11 +3,13 @@
 CPU: experts that answer at once, so that only our own work is left; the CPU time of the server's process against that
 of `Session.stream` in this one, with the client's work in neither. Streams: the zoo behind llama.cpp on the same
 machine, 1, 8 and 32 answers at a time through the server, and in process; engine, server and client share its cores.
+Pauses: a full garbage collection with a session open, in which nothing else runs, before and after `gc.freeze`.
 """
 
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import os
 import subprocess
@@ -48,6 +50,7 @@ def main() -> None:
         with serve_zoo(build_with_bar()) as zoo:
             zoo.write_config(Path(folder) / "zoo.toml")
             streams = asyncio.run(measure_streams(str(Path(folder) / "zoo.toml")))
+            pauses = asyncio.run(measure_pauses(str(Path(folder) / "zoo.toml")))
     results = {
         "command": "python -m benchmarks.serving",
         "machine": machine_facts(),
@@ -57,6 +60,7 @@ def main() -> None:
         "answers": NUM_ANSWERS,
         "cpu": cpu,
         "streams": streams,
+        "pauses": pauses,
         "seconds": time.monotonic() - began,
     }
     Path(__file__).with_suffix(".json").write_text(json.dumps(rounded(results), indent=1) + "\n", encoding="utf-8")
@@ -122,6 +126,29 @@ async def measure_streams(config: str) -> dict[str, Any]:
         }
         for count in COUNTS
     }
+
+
+async def measure_pauses(config: str) -> dict[str, Any]:
+    """Milliseconds of a full garbage collection: as it is, and as `mope-bb serve` lets it be."""
+    async with open_session(load_config(config)) as session:
+        await _draw(session, 1, 0)
+        whole = [_collect_ms() for _ in range(NUM_ROUNDS)]
+        gc.freeze()
+        frozen = [_collect_ms() for _ in range(NUM_ROUNDS)]
+        gc.unfreeze()
+    found = {
+        "whole_ms": median_interval(whole),
+        "frozen_ms": median_interval(frozen),
+        "whole_to_frozen": _ratios(whole, frozen),
+    }
+    tell(f"A full garbage collection: {rounded(found, 3)}")
+    return found
+
+
+def _collect_ms() -> float:
+    began = time.perf_counter()
+    gc.collect()
+    return 1e3 * (time.perf_counter() - began)
 
 
 def _ratios(upper: list[float], lower: list[float]) -> dict[str, float]:
@@ -199,6 +226,9 @@ def claims(results: Mapping[str, Any]) -> list[Claim]:
         ),
         at_least(0.7).claim(
             "of the library's tokens a second", {count: found["served_to_library"] for count, found in streams.items()}
+        ),
+        at_least(5.0).claim(
+            "times shorter is a full garbage collection in the server", {"": results["pauses"]["whole_to_frozen"]}
         ),
     ]
 

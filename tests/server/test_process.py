@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import os
 import shlex
@@ -18,6 +19,9 @@ from typing import Any
 import httpx
 import pytest
 
+from mope_bb.cli.serve import run_server
+from mope_bb.config import load_config
+from mope_bb.server.listening import bind
 from mope_bb.zoo.serving import ZooServer
 from tests.command_line import Run
 from tests.endpoints.gated import ANSWER, Gated, open_gated
@@ -265,3 +269,21 @@ def test_settings(mope: Run, tmp_path: Path) -> None:
     ):
         config.write_text(expert + line)
         mope("serve", "-c", str(config)).assert_refused(2, words)
+
+
+def test_what_stays_is_not_collected_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When it begins to listen, garbage collections do not look at what was loaded for it."""
+    config = tmp_path / "mope.toml"
+    config.write_text(
+        '[[experts]]\nname = "a"\nprovider = "scripted"\nscript = [{ a = 1.0 }]\n[logs]\nenabled = false\n'
+    )
+    counts: list[int] = []
+
+    async def listen(*_: object, **__: object) -> None:
+        counts.append(gc.get_freeze_count())
+
+    monkeypatch.setattr("mope_bb.server.listening.listen", listen)
+    gc.unfreeze()
+    with bind("127.0.0.1", 0) as listener:
+        asyncio.run(run_server(load_config(str(config)), listener, None, None))
+    assert counts[0] > 10_000
