@@ -167,7 +167,10 @@ class TokenStep:
 
     @property
     def is_forced(self) -> bool:
-        """The form of the answer left nothing else: no expert was asked, so E is 0, and C is 1."""
+        """Given by the form of the answer: it left nothing else, or no expert listed anything that fits.
+
+        E is 0, and C is 1.
+        """
         return not self.experts
 
     def expert_logprob(self, expert: str) -> float | None:
@@ -228,6 +231,8 @@ class Effort:
     """Drafted tokens that were put to the test,"""
     num_accepted: int = 0
     """and how many of them were kept."""
+    num_unheard: int = 0
+    """Pieces that the form of the answer gave, since no expert listed anything that fits."""
 
 
 @dataclass(frozen=True, slots=True)

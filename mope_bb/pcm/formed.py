@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -13,6 +14,8 @@ from mope_bb.pcm.fitting import Fitting
 from mope_bb.pcm.merging import merge_fitting
 from mope_bb.pcm.runner import PathJudgement
 from mope_bb.types import END, Piece, TokenDistribution, TokenStep
+
+_log = logging.getLogger(__name__)
 
 
 class Formed:
@@ -53,8 +56,22 @@ class Formed:
                 raise
             return self._let_go(self._give(end[:num_left]))
         self._was_heard = True
-        course.go_on(steps, shapes)
-        return self._let_go(steps)
+        if steps:
+            course.go_on(steps, shapes)
+        return self._let_go(steps or await self._go_alone())
+
+    async def _go_alone(self) -> list[TokenStep]:
+        """The next piece of what completes the answer, as where an expert wants to end it; none was heard to say it."""
+        end = await self._form.end()
+        if not end:
+            raise ConstraintError("no expert says anything that fits the form of the answer")
+        if not self._course.effort.num_unheard:
+            _log.warning(
+                "no expert lists anything that fits the form of the answer, which goes on by the form alone there; "
+                "a larger `top_k` may help"
+            )
+        self._course.count(num_unheard=1)
+        return self._give(end[:1])
 
     def _let_go(self, steps: list[TokenStep]) -> list[TokenStep]:
         """`steps` behind those that were held back."""
@@ -69,6 +86,7 @@ class Formed:
         return steps
 
     async def _draw(self, num_left: int) -> tuple[list[TokenStep], list[Tensor]]:
+        """Steps and log pi of each; none where no expert says anything that fits."""
         course, form = self._course, self._form
         move = course.pace.choose(num_left=num_left, num_context=course.num_context)
         lists, expected, judged = await course.ask_and_judge(move.num_ahead)
@@ -77,10 +95,8 @@ class Formed:
         for position, said in enumerate(lists):
             here = PathJudgement(judged.head_scores[position : position + 1], judged.gate, judged.policy_version)
             drawn = await self._draw_one(said, here, num_left - len(steps))
-            if drawn is None and not steps:
-                drawn = await self._draw_one(await self._ask_named(), here, num_left)
-                if drawn is None:
-                    raise ConstraintError("no expert says anything that fits the form of the answer")
+            if drawn is None and not steps and (named := await self._ask_named()):
+                drawn = await self._draw_one(named, here, num_left)
             if drawn is None:
                 break
             steps.append(drawn[0])
@@ -100,15 +116,15 @@ class Formed:
         return (course.step(merged, drawn[1], drawn[0], judged), drawn[1]) if merged and drawn else None
 
     async def _ask_named(self) -> list[TokenDistribution]:
-        """What all say of pieces that fit, where none of these is on any list."""
+        """What all say of pieces that fit, where none of these is on any list; nothing where one cannot be asked."""
         course = self._course
         names = course.plan.asked
         pieces = self._form.constraint.allowed_among(await course.pool.vocabulary(names[0]))
         course.count(num_round_trips=1, num_generated=len(names))
         try:
             return await course.pool.ask_among(names, course.context, pieces)
-        except TopKError as error:
-            raise ConstraintError(f"no expert lists anything that fits the form of the answer, and {error}") from error
+        except TopKError:
+            return []
 
     async def _spell(self, data: bytes) -> tuple[Piece, ...]:
         return await self._course.pool.spell(self._course.plan.asked[0], data)

@@ -59,7 +59,7 @@ def test_tokens_of_every_kind(served: ServedPage, open_page: Open) -> None:
     for _ in trace:
         told.append(page.get_by_role("tooltip").inner_text())
         page.keyboard.press("ArrowRight")
-    assert "Forced by the grammar" in told[0]
+    assert "Given by the form" in told[0]
     assert "�" in told[1]
     assert "⏎⏎" in told[3]
     assert "␣<b>x</b>" in told[4]

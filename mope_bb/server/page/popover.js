@@ -93,7 +93,7 @@ export class TokenPopover {
           : null,
       ),
       entry.is_forced
-        ? h("p", {}, "Forced by the grammar: nothing else was allowed here, and no expert was asked.")
+        ? h("p", {}, "Given by the form: nothing else was allowed here, or no expert listed anything that fits.")
         : this.opinions(entry, piece),
       entry.missed_mass ? h("p", { class: "soft" }, missed) : null,
     ].filter((part) => part !== null);
@@ -148,6 +148,6 @@ function wishItem({ text, logprob }, isDrawn, isBelow = false) {
 }
 
 function inWords(entry, name, facts) {
-  if (entry.is_forced) return `${name}, ${facts.join(", ")}, forced by the grammar.`;
+  if (entry.is_forced) return `${name}, ${facts.join(", ")}, given by the form.`;
   return `${name}, ${facts.join(", ")}. Carried by ${describe(entry.carriers)}. Weights: ${describe(entry.weights)}.`;
 }
