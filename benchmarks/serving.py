@@ -129,12 +129,22 @@ async def measure_streams(config: str) -> dict[str, Any]:
 
 
 async def measure_pauses(config: str) -> dict[str, Any]:
-    """Milliseconds of a full garbage collection: as it is, and as `mope-bb serve` lets it be."""
+    """Milliseconds of a full garbage collection behind eight answers: as it is, and as `mope-bb serve` lets it be."""
     async with open_session(load_config(config)) as session:
-        await _draw(session, 1, 0)
-        whole = [_collect_ms() for _ in range(NUM_ROUNDS)]
+
+        async def collect(seed: int) -> float:
+            answers = await asyncio.gather(
+                *(session.complete(QUESTION, preference=PREFERENCE, seed=seed + place) for place in range(COUNTS[1]))
+            )
+            began = time.perf_counter()
+            gc.collect()
+            assert answers  # what they hold is looked through
+            return 1e3 * (time.perf_counter() - began)
+
+        await collect(0)
+        whole = [await collect(100 * number) for number in range(NUM_ROUNDS)]
         gc.freeze()
-        frozen = [_collect_ms() for _ in range(NUM_ROUNDS)]
+        frozen = [await collect(100 * number) for number in range(NUM_ROUNDS)]
         gc.unfreeze()
     found = {
         "whole_ms": median_interval(whole),
@@ -143,12 +153,6 @@ async def measure_pauses(config: str) -> dict[str, Any]:
     }
     tell(f"A full garbage collection: {rounded(found, 3)}")
     return found
-
-
-def _collect_ms() -> float:
-    began = time.perf_counter()
-    gc.collect()
-    return 1e3 * (time.perf_counter() - began)
 
 
 def _ratios(upper: list[float], lower: list[float]) -> dict[str, float]:
