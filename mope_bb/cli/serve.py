@@ -100,8 +100,8 @@ async def run_server(config: Config, listener: socket.socket, key: Key | None, r
     try:
         async with open_session(config) as session:
             app, open_answers = build_app(session, Surroundings(config.server, key, run, log), host=config.server.host)
-            # What is here now stays. Full garbage collections would look through it again and again, a tenth of a second
-            # and more each time, in which no open answer gets a token.
+            # What is here now stays. Full garbage collections would look through it again and again, a tenth of a
+            # second and more each time, in which no open answer gets a token.
             gc.collect()
             gc.freeze()
             await listen(
