@@ -7,15 +7,20 @@ import contextlib
 import signal
 import socket
 from collections.abc import Callable, Iterator
+from typing import Final
 
+import h11
 import uvicorn
 from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from mope_bb.errors import ConfigError
 from mope_bb.server.answers import OpenAnswers
 
-_TO_TELL_S = 5.0
+_TO_TELL_S: Final = 5.0
 """After the time for open answers: for telling them that it is over."""
+HEAD_WITHIN_S: Final = 60.0
+"""How long a request's head may take to come: a connection is not held for ever by one that says nothing."""
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -63,7 +68,7 @@ async def listen(
         log_config=None,
         server_header=False,
         timeout_graceful_shutdown=int(shutdown_timeout_s + _TO_TELL_S),
-        http="h11",
+        http=_Protocol,
         ws="none",
         # Longer than clients keep an idle connection: else they would send into one that is being closed.
         timeout_keep_alive=75,
@@ -85,6 +90,39 @@ async def listen(
                 loop.add_signal_handler(number, stop)
                 stack.callback(loop.remove_signal_handler, number)
         await server.serve(sockets=[listener])
+
+
+class _Protocol(H11Protocol):
+    """uvicorn's, which waits for ever for the end of a head."""
+
+    _deadline: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """A request is expected."""
+        super().connection_made(transport)
+        self._watch_head()
+
+    def data_received(self, data: bytes) -> None:
+        """A part of a request, or of several."""
+        super().data_received(data)
+        self._watch_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Nothing is expected any more."""
+        self._end_watch()
+        super().connection_lost(exc)
+
+    def _watch_head(self) -> None:
+        # Idle is who has not sent a whole head. Between two requests, before a byte of the next one, uvicorn watches.
+        if self.conn.their_state is not h11.IDLE:
+            self._end_watch()
+        elif self._deadline is None:
+            self._deadline = self.loop.call_later(HEAD_WITHIN_S, self.transport.close)
+
+    def _end_watch(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
 
 
 class _Server(uvicorn.Server):

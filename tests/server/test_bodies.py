@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import socket
+import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Final
 from urllib.parse import urlsplit
 
 import httpx
@@ -142,6 +144,9 @@ def test_endless_body(zoo_server: Served) -> None:
     assert 2**20 < sent < 2**26
 
 
+SLOW_HEAD: Final = "GET /health HTTP/1.1\r\nHost: localhost\r\nX-Slow: "
+
+
 def test_body_that_stops_half_way(zoo_server: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is not waited for: 408, and the connection is closed."""
     monkeypatch.setattr("mope_bb.server.guard.BODY_WITHIN_S", 0.2)
@@ -152,6 +157,43 @@ def test_body_that_stops_half_way(zoo_server: Served, monkeypatch: pytest.Monkey
         reply = b"".join(iter(lambda: client.recv(4096), b""))
     assert reply.startswith(b"HTTP/1.1 408 ")
     assert b"has not come whole within 0.2 s" in reply
+
+
+@pytest.mark.parametrize(
+    ("is_second", "sent"),
+    [(False, ""), (False, "POST "), (False, SLOW_HEAD), (True, "POST "), (True, SLOW_HEAD)],
+)
+def test_head_that_stops_half_way(
+    zoo_server: Served, monkeypatch: pytest.MonkeyPatch, sent: str, *, is_second: bool
+) -> None:
+    """The connection is closed, a new one as well as one that has been of use."""
+    monkeypatch.setattr("mope_bb.server.listening.HEAD_WITHIN_S", 0.3)
+    address = urlsplit(zoo_server.url)
+    with socket.create_connection((address.hostname, address.port), timeout=20) as client:
+        if is_second:
+            client.sendall(f"GET /health HTTP/1.1\r\nHost: {address.netloc}\r\n\r\n".encode())
+            assert client.recv(4096).startswith(b"HTTP/1.1 200 ")
+        client.sendall(sent.encode())
+        while rest := client.recv(4096):
+            assert b"HTTP/1.1" not in rest
+
+
+def test_time_for_a_head_is_for_nothing_else(zoo_server: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once it is there the body may take longer, and so may a kept connection until its next request."""
+    monkeypatch.setattr("mope_bb.server.listening.HEAD_WITHIN_S", 0.2)
+    body = json.dumps(chat_body()).encode()
+    client = http.client.HTTPConnection(urlsplit(zoo_server.url).netloc, timeout=60)
+    for _ in range(2):
+        client.putrequest("POST", CHAT)
+        client.putheader("Content-Type", "application/json")
+        client.putheader("Content-Length", str(len(body)))
+        client.endheaders()
+        time.sleep(0.5)
+        client.send(body)
+        reply = client.getresponse()
+        assert (reply.status, json.loads(reply.read())["model"]) == (200, "mope")
+        time.sleep(0.5)
+    client.close()
 
 
 @pytest.mark.parametrize("kind", [None, "text/plain", "application/x-www-form-urlencoded", "multipart/form-data"])
