@@ -48,10 +48,15 @@ def piece_of_draw(reply: Reply, tokenizer: ChatTokenizer | None, *, expert: str)
     piece = PieceReader(tokenizer).read_text(text) if len(text) <= MAX_PIECE_BYTES else None
     if piece is not None:
         return piece
-    if not text or REPLACEMENT in text:
+    if is_lost(text):
         what = "half a character" if text else "a token without text: half a character, or an end that is not told"
         raise AlignmentError(f"expert {expert!r} drew {what}", hint=_NO_TEXT_HINT)
     raise AlignmentError(f"expert {expert!r} drew {shown(text)}, which is not one token", hint=_NO_TOKEN_HINT)
+
+
+def is_lost(text: str) -> bool:
+    """Whether the `text` of a token does not show it: half a character, or a control token. Any model draws them."""
+    return not text or REPLACEMENT in text
 
 
 def check_num_drawn(data: Mapping[str, Any], num_tokens: int, *, expert: str) -> None:

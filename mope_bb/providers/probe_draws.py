@@ -8,10 +8,10 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
 
 from mope_bb.errors import AlignmentError
-from mope_bb.providers.drawing import DrawAsk
+from mope_bb.providers.drawing import DrawAsk, is_lost
 from mope_bb.providers.endpoint import WireExpert
 from mope_bb.providers.findings import ExpertReport
-from mope_bb.types import END, Context
+from mope_bb.types import END, Context, Piece
 
 DRAWS: Final = 5
 """From each question, at most."""
@@ -47,12 +47,25 @@ class DrawProbe:
             self._report.add("logprobs", "warning", "draws only, always the same", SAME)
 
     async def _varies(self) -> bool:
+        lost: AlignmentError | None = None
+        can_tell = False
         for question in self._questions:
-            drawn = set()
+            drawn: set[Piece | str] = set()
             for _ in range(DRAWS):
-                drawn.add(await self._expert.sample(question))
+                reply = await self._expert.draw(question)
+                try:
+                    drawn.add(await self._expert.read_draw(reply))
+                    can_tell = True
+                except AlignmentError as error:
+                    if not is_lost(reply.text or ""):
+                        raise
+                    # It is a draw like others; where there are no others nothing can be drawn here.
+                    lost = error
+                    drawn.add(reply.text or "")
                 if len(drawn) > 1:
                     return True
+        if lost is not None and not can_tell:
+            raise lost
         return False
 
     async def _prefill(self) -> None:
