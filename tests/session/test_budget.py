@@ -68,7 +68,9 @@ def test_an_answer_ends_where_the_budget_does(nano_experts: ZooServer, proxy: Pr
         total = account.total
         return {"max_calls": total.num_calls, "max_tokens_billed": total.num_tokens, "max_cost": total.cost}[name]
 
-    whole, free, _ = ask(config_of(nano_experts, proxy), max_tokens=8)
+    # On a busy machine a connection may break, and what is asked again is a call more: the cheaper of two has none.
+    freely = [ask(config_of(nano_experts, proxy), max_tokens=8) for _ in range(2)]
+    whole, free, _ = min(freely, key=lambda one: spent(one[1]))
     # The last question to each of two experts is the dearest.
     share = spent(free) if name == "max_calls" else 0.8 * spent(free)
     limit = share - 3 if name == "max_calls" else int(share) if name == "max_tokens_billed" else share
