@@ -119,6 +119,8 @@ class Formed:
         """What all say of pieces that fit, where none of these is on any list; nothing where one cannot be asked."""
         course = self._course
         names = course.plan.asked
+        if not course.pool.can_say_more(names):
+            return []
         pieces = self._form.constraint.allowed_among(await course.pool.vocabulary(names[0]))
         course.count(num_round_trips=1, num_generated=len(names))
         try:

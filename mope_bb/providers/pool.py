@@ -125,6 +125,11 @@ class ExpertPool:
         """See `Expert.score`."""
         return await self._experts[name].score(context, draft, top_k=self._top_k[name])
 
+    def can_say_more(self, names: Sequence[str]) -> bool:
+        """Whether `ask_among` would ask one of `names` for anything but its list again."""
+        facts = [(self._experts[name].capabilities, self._top_k[name]) for name in names]
+        return any(one.max_named or one.max_top_k is None or top_k < one.max_top_k for one, top_k in facts)
+
     async def ask_among(
         self, names: Sequence[str], context: Context, pieces: Sequence[Piece]
     ) -> list[TokenDistribution]:

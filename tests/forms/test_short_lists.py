@@ -60,6 +60,10 @@ def test_every_answer_is_valid(
         assert answer.finish_reason == "stop"
     unheard = [one.effort.num_unheard for one in (call, *answers)]
     assert len([number for number in unheard if number]) == caplog.text.count("goes on by the form alone there")
+    for one in answers:
+        # Lists that are as long as they can be are not asked for twice.
+        num_heard = sum(not step.is_forced for step in one.steps)
+        assert one.effort.num_round_trips <= num_heard + one.effort.num_unheard
     assert 0 < sum(unheard) < sum(step.is_forced for one in (call, *answers) for step in one.steps)
 
 
